@@ -1,0 +1,1 @@
+"""Paired measurements against rivals; `python -m benchmarks.run --help`."""

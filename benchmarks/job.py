@@ -1,0 +1,159 @@
+"""What the batch pipeline costs on top of the engine that does its work: the same images both ways.
+
+"steady" is the pace between the end of the first shard and the end of the last image, so that it holds no
+start-up on either side. "whole" is everything: for the bare engine loading the model and generating, for the
+job also planning, starting Ray and an actor, encoding, committing, proving and reporting.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffray.model import Engine, ImageRequest, load_model
+from diffray.pipelines import JobConfig, ModelOptions, ShardLimits, Workers, run
+
+from . import machine, workload
+from .models import source
+from .pairing import Effort, Measurement, distance, ratio
+
+BARE, JOB = "bare engine", "job"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One run: seconds per image once it is going, seconds in all, and the images in the order asked."""
+
+    steady: float
+    whole: float
+    images: Tensor
+
+
+@dataclass
+class Stamps:
+    """A job's progress as pairs of a time and the images done by then."""
+
+    times: list[float] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+
+    def start(self, total: int, done: int, rejected: int) -> None: ...
+
+    def advance(self, images: int, rejected: int) -> None:
+        self.times.append(time.perf_counter())
+        self.images.append(images)
+
+    def stop(self) -> None: ...
+
+
+def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: Effort) -> Measurement:
+    """Measure `count` images in shards of `batch`, `effort.blocks` times job, bare, bare, job."""
+    place = source(model)
+    requests = workload.same(count, steps, size)
+    loaded = load_model(place)
+    device, dtype = loaded.device, loaded.dtype
+    del loaded
+    name = f"job-{count}x{steps}steps-b{batch}-{Path(place).name}-{size}-{str(dtype).removeprefix('torch.')}"
+    settings: dict[str, Any] = {"model": Path(place).name, "size": size, "steps": steps, "requests": count}
+    settings |= {
+        "batch": batch,
+        "shard": batch,
+        "blocks": effort.blocks,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    found = Measurement(name, "image", 1, settings, machine.facts(device), machine.kind(device))
+    runs: dict[str, list[list[Made]]] = {BARE: [], JOB: []}
+    _bare(place, requests, batch)
+    found.yardstick.append(machine.yardstick(device, dtype))
+    for _ in range(effort.blocks):
+        block: dict[str, list[Made]] = {BARE: [], JOB: []}
+        for arm in (JOB, BARE, BARE, JOB):
+            block[arm].append((_bare if arm == BARE else _job)(place, requests, batch))
+        for arm, made in block.items():
+            runs[arm].append(made)
+        found.yardstick.append(machine.yardstick(device, dtype))
+    for clock in ("steady", "whole"):
+        for arm, blocks in runs.items():
+            found.wall[f"{arm}, {clock}"] = [
+                sum(getattr(m, clock) for m in made) / len(made) for made in blocks
+            ]
+    found.ratios[JOB] = {
+        clock: ratio(found.wall[f"{JOB}, {clock}"], found.wall[f"{BARE}, {clock}"])
+        for clock in ("steady", "whole")
+    }
+    found.distance[JOB] = distance(runs[JOB][-1][-1].images, runs[BARE][-1][-1].images)
+    return found
+
+
+def _bare(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
+    began = time.perf_counter()
+    engine = Engine(load_model(place), batch_size=batch)
+    times: list[float] = []
+
+    def note(_: Future[Any]) -> None:
+        times.append(time.perf_counter())
+
+    tickets = [engine.submit(request) for request in requests]
+    for ticket in tickets:
+        ticket.future.add_done_callback(note)
+    while engine.step():
+        pass
+    ended = time.perf_counter()
+    pixels = [np.asarray(ticket.future.result().image) for ticket in tickets]
+    return Made(
+        _pace(times[batch - 1 :], [batch] + [1] * (len(times) - batch)), ended - began, _tensor(pixels)
+    )
+
+
+def _job(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
+    folder = Path(tempfile.mkdtemp(prefix="diffray-job-"))
+    try:
+        rows = [{"id": f"{i:05d}", **_row(request)} for i, request in enumerate(requests)]
+        (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = JobConfig(
+            input=str(folder / "in.jsonl"),
+            output=str(folder / "out"),
+            model=ModelOptions(source=place, batch_size=batch),
+            shards=ShardLimits(images=batch),
+            workers=Workers(actors=1, cpus=float(torch.get_num_threads())),
+        )
+        stamps = Stamps()
+        began = time.perf_counter()
+        run(config, progress=stamps)
+        ended = time.perf_counter()
+        return Made(_pace(stamps.times, stamps.images), ended - began, _tensor(_pixels(folder / "out")))
+    finally:
+        shutil.rmtree(folder)
+
+
+def _pace(times: Sequence[float], images: Sequence[int]) -> float:
+    """Seconds per image after the first entry; with a single entry there is no such time."""
+    return (times[-1] - times[0]) / sum(images[1:]) if len(times) > 1 else float("nan")
+
+
+def _row(request: ImageRequest) -> dict[str, Any]:
+    names = ("prompt", "seed", "steps", "width", "height", "sampler", "schedule", "guidance_scale")
+    return {name: getattr(request, name) for name in names}
+
+
+def _pixels(output: Path) -> list[np.ndarray[Any, Any]]:
+    rows = [row for part in sorted(output.glob("data/*.parquet")) for row in pq.read_table(part).to_pylist()]
+    rows.sort(key=lambda row: str(row["row_id"]))
+    return [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows]
+
+
+def _tensor(pixels: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+    return torch.from_numpy(np.stack(pixels)).float() / 255

@@ -1,0 +1,98 @@
+"""The results as a table: `python -m benchmarks.report` prints it, `--write` puts it into the README."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .job import JOB
+from .pairing import RESULTS
+
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- results: python -m benchmarks.report --write -->", "<!-- /results -->"
+PAIRED = ("measured", "rival", "diffray, s", "rival, s", "ratio, wall", "ratio, CPU", "max diff", "drift")
+JOBS = ("measured", "what", "bare engine, s", "job, s", "overhead", "max diff", "drift")
+
+
+def table(folder: Path = RESULTS) -> str:
+    """All results of a folder in Markdown, by the kind of machine they were measured on."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    parts = []
+    for kind in sorted({one["kind"] for one in found}):
+        here = [one for one in found if one["kind"] == kind]
+        parts.append(_machine(here[0]["machine"]))
+        if rows := [row for one in here if JOB not in one["ratios"] for row in _paired(one)]:
+            parts.append(_table(PAIRED, rows))
+        if rows := [row for one in here if JOB in one["ratios"] for row in _jobs(one)]:
+            parts.append(_table(JOBS, rows))
+    return "\n\n".join(parts) or "No results yet."
+
+
+def write(path: Path = README) -> None:
+    """Replace what stands between the marks of the README."""
+    head, _, rest = path.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    path.write_text(f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}")
+
+
+def _paired(one: dict[str, Any]) -> Iterator[list[str]]:
+    ours, *_ = one["wall"]
+    for rival, clocks in one["ratios"].items():
+        per = [median(one["wall"][arm]) / one["units"] for arm in (ours, rival)]
+        ratios = [_interval(clocks.get(clock)) for clock in ("wall", "cpu")]
+        yield [one["name"], rival, *(f"{p:.4g}" for p in per), *ratios, _distance(one, rival), _drift(one)]
+
+
+def _jobs(one: dict[str, Any]) -> Iterator[list[str]]:
+    for clock, found in one["ratios"][JOB].items():
+        bare, job = (median(one["wall"][f"{arm}, {clock}"]) for arm in ("bare engine", JOB))
+        what = "per image, start-up excluded" if clock == "steady" else "the whole run, start-up included"
+        percent = {key: 100 * (value - 1) for key, value in found.items()}
+        spread = f"{percent['median']:+.1f} % [{percent['low']:+.1f}, {percent['high']:+.1f}]"
+        yield [one["name"], what, f"{bare:.4g}", f"{job:.4g}", spread, _distance(one, JOB), _drift(one)]
+
+
+def _interval(found: dict[str, float] | None) -> str:
+    return "-" if found is None else f"**{found['median']:.2f}** [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _distance(one: dict[str, Any], rival: str) -> str:
+    return f"{one['distance'][rival]['max_abs']:.1e}"
+
+
+def _drift(one: dict[str, Any]) -> str:
+    """How far the yardstick moved while this was measured, as a share of its median."""
+    speeds = one["yardstick"]
+    return f"{100 * (max(speeds) - min(speeds)) / median(speeds):.0f} %"
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    device = facts.get("gpu") or f"{facts['cpu']}, {facts['cpu_cores']} cores, {facts['cpu_capability']}"
+    cuda = f", CUDA {facts['cuda']}, cuDNN {facts['cudnn']}" if "cuda" in facts else ""
+    return (
+        f"**{device}** ({facts['threads']} threads): torch {facts['torch']}{cuda}, diffusers "
+        f"{facts['diffusers']}, transformers {facts['transformers']}, Ray {facts['ray']}, "
+        f"Python {facts['python']}."
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
+    if parser.parse_args().write:
+        write()
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The command `diffray`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,30 @@
+"""The options that several commands share: the model, and the fields of a request."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", "-m", help='"embedded", a path, a URL or a hub id.')]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Steps = Annotated[int | None, typer.Option(help="Sampler steps.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Classifier-free guidance.")]
+Sampler = Annotated[str | None, typer.Option(help="Sampler name.")]
+Schedule = Annotated[str | None, typer.Option(help="Noise schedule name.")]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What to keep out.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any other request field, as FIELD=VALUE.")]
+
+
+def request_fields(*, set: list[str] | None, **named: Any) -> dict[str, Any]:
+    """Request fields from named options and from `--set`, without those that were not given."""
+    fields = {name: value for name, value in named.items() if value is not None}
+    for text in set or []:
+        name, equals, value = text.partition("=")
+        if not equals or name in fields:
+            raise typer.BadParameter(f"--set {text}: expected FIELD=VALUE, each field once")
+        fields[name] = value
+    return fields

@@ -1,0 +1,49 @@
+"""The Stable Diffusion family in plain torch: checkpoints in, images out. No Ray, no HTTP, no datasets.
+
+from diffray.model import Engine, ImageRequest, load_model
+model = load_model("sd_xl_base_1.0.safetensors")
+Engine(model).generate([ImageRequest(prompt="a red fox", seed=7)])[0].save("fox.png")
+"""
+
+from .config import ModelConfig
+from .convert import convert
+from .engine import Engine
+from .errors import (
+    AccountingError,
+    Cancelled,
+    CheckpointError,
+    DiffrayError,
+    GenerationError,
+    InvalidRequest,
+    JobConflict,
+    JobError,
+    UnsafeCheckpoint,
+)
+from .inspection import Inspection, inspect_source
+from .load import Model, load_model, model_config
+from .request import HiresFix, ImageRequest
+from .tickets import Result, Ticket
+
+__all__ = [
+    "AccountingError",
+    "Cancelled",
+    "CheckpointError",
+    "DiffrayError",
+    "Engine",
+    "GenerationError",
+    "HiresFix",
+    "ImageRequest",
+    "Inspection",
+    "InvalidRequest",
+    "JobConflict",
+    "JobError",
+    "Model",
+    "ModelConfig",
+    "Result",
+    "Ticket",
+    "UnsafeCheckpoint",
+    "convert",
+    "inspect_source",
+    "load_model",
+    "model_config",
+]

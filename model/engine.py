@@ -1,0 +1,426 @@
+"""The engine: step-level continuous batching of image requests.
+
+Every tick takes the images of one bucket, runs the network once on all their branches, moves each image by
+one row of its own sampler table, lets finished images leave and waiting ones join. Images with any mix of
+samplers, step counts, guidance and tasks share a call; nobody waits for a stranger's steps.
+
+The network is always called with the same number of rows (short calls are padded), text is encoded and
+latents are decoded one image at a time: so an image's bytes do not depend on its batch mates, its slot or
+when it joined.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from threading import Condition, RLock, Thread, current_thread
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError, InvalidRequest
+from .images import mask_tensor, rgb, to_image
+from .preparation import Prepared, decode, prepare, refinement, second_pass, table_for
+from .request import ImageRequest
+from .rows import Rows
+from .slots import Bucket, Slot, advance
+from .tickets import Result, Ticket
+
+if TYPE_CHECKING:
+    from .load import Model
+
+T = TypeVar("T")
+
+STARVATION = 8
+"""A bucket that was passed over this many ticks goes next, however full another is."""
+
+
+class Engine:
+    """Generates images with one loaded model.
+
+    Use `generate` for a list, or `submit` tickets and either call `step` yourself or let `start` run a
+    background thread. Thread safe.
+
+    Args:
+        model: from `load_model`.
+        batch_size: images denoised together; None picks by device and network size.
+        rows: rows of one network call, fixed; None is two per image on an accelerator, fewer on a CPU, where
+            large batches gain nothing. Another value may change the last bits of an image. Running out of
+            memory halves it.
+        compile: run the network through `torch.compile`.
+
+    Raises:
+        CheckpointError: the model needs conditioning that requests cannot carry (unCLIP).
+    """
+
+    def __init__(
+        self, model: Model, *, batch_size: int | None = None, rows: int | None = None, compile: bool = False
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("rows", rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, allowed is at least 1")
+        if model.config.unet.added_kind == "projection":
+            raise CheckpointError(
+                f"{model.source}: unCLIP needs image embeddings, which are not supported yet"
+            )
+        self.model = model
+        self.batch_size = batch_size or default_batch_size(model)
+        unet = torch.compile(model.unet, dynamic=False) if compile else model.unet
+        most = 2 * self.batch_size
+        self.network = Rows(unet, rows or (most if model.device.type != "cpu" else min(most, 4)))
+        # Any thread, under _wake: the unsettled tickets, of which the first part is waiting.
+        self._wake = Condition()
+        self._live: set[Ticket] = set()
+        self._waiting: deque[Ticket] = deque()
+        self._withdrawn: deque[Ticket] = deque()
+        self._closing = False
+        self._broken: BaseException | None = None
+        # One thread at a time, under _stepping.
+        self._stepping = RLock()
+        self._ready: deque[tuple[Ticket, Prepared]] = deque()
+        self._buckets: dict[tuple[int, ...], Bucket] = {}
+        self._finished: deque[tuple[Ticket, Prepared, Tensor]] = deque()
+        self._ticks = 0
+        self._thread: Thread | None = None
+
+    # ---- asking -------------------------------------------------------------------------------------------
+
+    def submit(self, request: ImageRequest) -> Ticket:
+        """Queue one image.
+
+        Raises:
+            InvalidRequest: a value does not fit this model; nothing was queued.
+            GenerationError: the engine is closed or broken.
+        """
+        ticket = self._checked(request)
+        self._enqueue([ticket])
+        return ticket
+
+    def generate(self, requests: Iterable[ImageRequest]) -> list[Result]:
+        """Generate all, in the order asked; every request is validated before the first step.
+
+        Without a background thread the calling thread steps. When it is interrupted, what is not finished is
+        cancelled.
+
+        Raises:
+            InvalidRequest: a request does not fit this model; nothing was generated.
+            GenerationError: an image failed; raised after all others were finished.
+        """
+        tickets = [self._checked(request) for request in requests]
+        self._enqueue(tickets)
+        try:
+            for ticket in tickets:
+                while self._thread is None and not ticket.future.done():
+                    self.step()
+                with suppress(CancelledError):
+                    ticket.future.exception()  # waits
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return [ticket.future.result() for ticket in tickets]
+
+    def _checked(self, request: ImageRequest) -> Ticket:
+        """The ticket of a request that fits the model, as far as can be told without running a network."""
+        model, resolved = self.model, request.resolved(self.model.config)
+        second = refinement(resolved, model.config)
+        steps = table_for(model, resolved).steps
+        if second is not None:
+            try:
+                steps += table_for(model, second).steps
+            except InvalidRequest as error:
+                raise InvalidRequest(f"hires.{error.field}", error.reason) from error
+        model.text.tokenize(resolved.prompt)
+        model.text.tokenize(resolved.negative_prompt or "", "negative_prompt")
+        most = min(tower.layers - tower.layer for tower in model.config.text) - 1
+        if resolved.clip_skip > most:
+            raise InvalidRequest("clip_skip", f"got {resolved.clip_skip}, this model allows 0..{most}")
+        return Ticket(resolved, steps=steps, _model=model, _withdrawn=self._withdrawn)
+
+    def _enqueue(self, tickets: list[Ticket]) -> None:
+        with self._wake:
+            if self._broken is not None or self._closing:
+                raise GenerationError(f"engine: closed ({self._broken or 'close was called'})")
+            for ticket in tickets:
+                ticket._since = time.perf_counter()
+                ticket.future.add_done_callback(ticket._settled)
+            self._live.update(tickets)
+            self._waiting.extend(tickets)
+            self._wake.notify_all()
+
+    # ---- running ------------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Step in a background thread until `close`."""
+        with self._wake:
+            if self._closing:
+                raise GenerationError("engine: closed (close was called)")
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="diffray-engine", daemon=True)
+                self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Finish what was submitted, then stop the background thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+            thread = self._thread
+        if thread is None:
+            while self.step():
+                pass
+        elif thread is not current_thread():
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            with self._wake:
+                self._withdrawn.extend(self._live)
+        self.close()
+
+    @property
+    def rows(self) -> int:
+        """Rows of one network call."""
+        return self.network.size
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the engine for good: then no image's error is its own."""
+        return self._broken
+
+    def step(self) -> bool:
+        """One tick: admit, denoise one bucket by one step, decode one image. False when nothing is left.
+
+        Raises:
+            GenerationError: the network failed, and with it every image that was submitted.
+        """
+        with self._stepping:
+            try:
+                self._tick()
+            except BaseException as error:
+                self._fail_all(error)
+                if not isinstance(error, Exception):  # the caller was interrupted
+                    raise
+                raise GenerationError(f"engine stopped: {type(error).__name__}: {error}") from error
+            return self._busy()
+
+    @torch.inference_mode()
+    def _tick(self) -> None:
+        self._ticks += 1
+        self._drop_withdrawn()
+        self._admit()
+        bucket = self._next_bucket()
+        if bucket is not None:
+            self._denoise(bucket)
+        if self._finished:
+            self._decode(*self._finished.popleft())
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._ready or self._buckets or self._finished)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._busy():
+                    if self._closing or self._broken is not None:
+                        return
+                    self._wake.wait()
+            with suppress(GenerationError):  # every ticket was told
+                self.step()
+
+    def _fail_all(self, error: BaseException) -> None:
+        """The process may be poisoned (sticky CUDA error) or a step half done: nothing in flight can go on."""
+        with self._wake:
+            if isinstance(error, Exception):
+                self._broken = error
+            self._waiting.clear()
+            tickets = list(self._live)
+        self._ready.clear()
+        self._buckets.clear()
+        self._finished.clear()
+        for ticket in tickets:
+            self._settle(ticket, GenerationError(f"engine stopped: {type(error).__name__}: {error}"))
+
+    def _settle(self, ticket: Ticket, outcome: Result | Exception) -> None:
+        """Every ticket ends here, once. A future that its holder cancelled stays cancelled."""
+        with self._wake:
+            if ticket not in self._live:
+                return
+            self._live.remove(ticket)
+        ticket._denoised = None  # a kept ticket must not keep the device's memory
+        if not ticket.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Result):
+            ticket.future.set_result(outcome)
+        else:
+            ticket.future.set_exception(outcome)
+
+    def _attempt(self, ticket: Ticket, what: str, work: Callable[[], T]) -> T | None:
+        """`work()`; None and a failed ticket if it raises for a reason that is this image's own."""
+        try:
+            return work()
+        except DiffrayError as error:
+            self._settle(ticket, error)
+        except torch.cuda.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            self._settle(ticket, _too_large(ticket.request, error))
+        except Exception as error:  # a source image that cannot be decoded, say
+            if "CUDA" in str(error):
+                raise
+            self._settle(ticket, GenerationError(f"{what}: {type(error).__name__}: {error}"))
+        return None
+
+    # ---- one tick -----------------------------------------------------------------------------------------
+
+    def _drop_withdrawn(self) -> None:
+        """Cancelled images leave, wherever they are."""
+        gone: set[Ticket] = set()
+        while self._withdrawn:
+            gone.add(self._withdrawn.popleft())
+        if not gone:
+            return
+        with self._wake:
+            gone &= self._live
+            self._waiting = deque(ticket for ticket in self._waiting if ticket not in gone)
+        self._ready = deque(entry for entry in self._ready if entry[0] not in gone)
+        self._finished = deque(entry for entry in self._finished if entry[0] not in gone)
+        for bucket in self._buckets.values():
+            for slot in [slot for slot in bucket.slots if slot.ticket in gone]:
+                bucket.remove(slot)
+        self._forget_empty()
+        for ticket in gone:
+            self._settle(ticket, Cancelled(f"cancelled after {ticket.step} of {ticket.steps} steps"))
+
+    def _admit(self) -> None:
+        """Prepare waiting images while slots are free; those whose bucket is full wait their turn.
+
+        With nothing to denoise, what is finished is decoded first: otherwise images of few steps would start
+        one by one, as the one decoded in each tick makes room, and never share a call.
+        """
+        if not self._buckets and len(self._finished) > 1:
+            return
+        for _ in range(len(self._ready)):
+            self._place(*self._ready.popleft())
+        while self._waiting and len(self._ready) < self.batch_size and self._has_room():
+            with self._wake:
+                ticket = self._waiting.popleft()
+            ticket._lap("queue")
+            prepared = self._attempt(ticket, "prepare", lambda own=ticket: prepare(self.model, own.request))  # type: ignore[misc]
+            ticket._lap("prepare")
+            if prepared is not None:
+                self._place(ticket, prepared)
+
+    def _has_room(self) -> bool:
+        """All images that hold memory on the device count, finished ones until they are decoded."""
+        running = sum(len(bucket.slots) for bucket in self._buckets.values())
+        return running + len(self._ready) + len(self._finished) < 2 * self.batch_size
+
+    def _place(self, ticket: Ticket, prepared: Prepared) -> None:
+        key = prepared.bucket
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = Bucket((key[0], key[1], key[2]), self.batch_size, self.model.device)
+            bucket.served = self._ticks
+        if bucket.full:
+            self._ready.append((ticket, prepared))
+        else:
+            ticket._lap("queue")
+            bucket.add(ticket, prepared)
+
+    def _next_bucket(self) -> Bucket | None:
+        """The fullest bucket, unless some have starved: then the one that waits longest."""
+        if not self._buckets:
+            return None
+
+        def urgency(bucket: Bucket) -> tuple[int, int, int]:
+            waited = self._ticks - bucket.served
+            return (waited if waited > STARVATION else 0, len(bucket.slots), waited)
+
+        bucket = max(self._buckets.values(), key=urgency)
+        bucket.served = self._ticks
+        return bucket
+
+    def _denoise(self, bucket: Bucket) -> None:
+        try:
+            advance(bucket, self.network, self.model.config.noise.prediction_type)
+        except torch.cuda.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            for slot in list(bucket.slots):
+                bucket.remove(slot)
+                self._settle(slot.ticket, _too_large(slot.prepared.request, error))
+        for slot in list(bucket.slots):
+            slot.ticket.step = slot.ticket._first_pass + slot.steps_done
+            slot.ticket._denoised = slot.denoised
+            if slot.done:
+                self._finish(slot, bucket.remove(slot))
+        self._forget_empty()
+
+    def _forget_empty(self) -> None:
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if bucket.slots}
+
+    # ---- finished images ----------------------------------------------------------------------------------
+
+    def _finish(self, slot: Slot, latents: Tensor) -> None:
+        ticket, prepared = slot.ticket, slot.prepared
+        finite = bool(latents.isfinite().all())  # waits for the device
+        ticket._lap("denoise")
+        if not finite:
+            self._settle(ticket, GenerationError("denoised latents: got non-finite values"))
+        elif prepared.request.hires is not None:
+            ticket._first_pass = prepared.table.steps
+            again = self._attempt(ticket, "second pass", lambda: self._second(prepared, latents))
+            ticket._lap("prepare")
+            if again is not None:
+                self._ready.append((ticket, again))
+        else:
+            self._finished.append((ticket, prepared, latents))
+
+    def _second(self, prepared: Prepared, latents: Tensor) -> Prepared:
+        second = second_pass(self.model, prepared.request, latents)
+        return prepare(self.model, second, prepared.generator)
+
+    def _decode(self, ticket: Ticket, prepared: Prepared, latents: Tensor) -> None:
+        request, image, kept = ticket.request, None, None
+        if request.output == "image":
+            image = self._attempt(ticket, "decode", lambda: to_image(decode(self.model, latents)))
+            if image is None:
+                return
+            if request.paste_back and request.mask is not None:
+                image = _pasted(image, request)
+        else:
+            with torch.inference_mode(False):  # an ordinary tensor for the caller
+                kept = latents.cpu().clone()
+        ticket._lap("decode")
+        self._settle(ticket, Result(image, kept, request, dict(ticket.timings)))
+
+
+def default_batch_size(model: Model) -> int:
+    """Images per batch where throughput has levelled off: 16 for SD 1 and 2 sized networks on an accelerator,
+    8 for larger ones; on a CPU 8 for small networks and 1 for real ones, which are bound by arithmetic."""
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    if model.device.type == "cpu":
+        return 8 if parameters < 50_000_000 else 1
+    return 16 if parameters < 1_500_000_000 else 8
+
+
+def _pasted(image: Image.Image, request: ImageRequest) -> Image.Image:
+    """`image` where the mask repaints, the source's own pixels elsewhere."""
+    assert request.init_image is not None
+    assert request.mask is not None
+    mask = mask_tensor(request.mask, *image.size)[0].mul(255).byte().numpy()
+    return Image.composite(image, rgb(request.init_image, *image.size), Image.fromarray(mask))
+
+
+def _too_large(request: ImageRequest, error: BaseException) -> GenerationError:
+    return GenerationError(f"{request.width}x{request.height} does not fit the device's memory: {error}")

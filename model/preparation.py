@@ -1,0 +1,304 @@
+"""From a resolved request to everything its denoising needs, once, before its first step.
+
+The image's own CPU generator is the only source of randomness, and is drawn from in a fixed order, that of
+diffusers' pipelines: posterior sample of the source image, low-resolution noise, initial noise, posterior
+sample of the masked image, then one draw per sampler row that takes noise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .conditioning import Conditioning, condition
+from .config import ModelConfig, NoiseConfig
+from .errors import InvalidRequest
+from .images import gray_tensor, mask_tensor, rgb, to_image, to_tensor
+from .request import MAX_SIDE, ImageRequest
+from .samplers import SamplerTable, build_table
+from .schedule import NoiseSchedule
+from .vae import Autoencoder
+
+if TYPE_CHECKING:
+    from .load import Model
+
+TILE = 1024
+"""Side in pixels above which the autoencoder works in tiles."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blend:
+    """Keeps what the mask does not repaint, for networks without mask channels.
+
+    After a row that ends at sigma, x becomes mask * x + (1 - mask) * (source + sigma * noise).
+    """
+
+    mask: Tensor
+    source: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """One image, ready for its first step. Latents are [C, h, w] float32 on the model's device."""
+
+    request: ImageRequest
+    table: SamplerTable
+    conditioning: Conditioning
+    x: Tensor
+    generator: torch.Generator
+    blend: Blend | None
+
+    @property
+    def bucket(self) -> tuple[int, ...]:
+        """Images with equal buckets can share a network call."""
+        return (*self.x.shape, len(self.conditioning.branches[0].context))
+
+
+@torch.inference_mode()
+def prepare(model: Model, request: ImageRequest, generator: torch.Generator | None = None) -> Prepared:
+    """Encode text and source images, draw the initial noise, build the sampler table.
+
+    Args:
+        request: resolved against `model.config`.
+        generator: the image's generator when this is a later pass of the same image; None seeds a new one.
+
+    Raises:
+        InvalidRequest: a value that only now turns out not to fit (strength leaves no step, unknown sampler).
+    """
+    table = table_for(model, request)
+    draw = _Draw(generator or torch.Generator().manual_seed(request.seed), model.device)
+    shape = _latent_shape(model, request)
+    source = _source(model, request)
+    mask = None if request.mask is None else mask_tensor(request.mask, *_size(request)).to(model.device)
+    blended = mask is not None and model.config.task == "text"
+    from_noise = _starts_from_noise(model, request)
+    start = None
+    if request.init_latents is not None:
+        start = torch.as_tensor(request.init_latents, dtype=torch.float32, device=model.device)
+        if not bool(start.isfinite().all()):
+            raise InvalidRequest("init_latents", "got values that are not finite")
+    elif source is not None and (blended or not from_noise):
+        start = encode(model, source, draw)
+    low, label = _low_resolution(model, request, draw)
+    handed_over = start if request.denoising_start is not None else None
+    # A hand-over draws no noise of its own, so that the sampler gets the generator's first (diffusers).
+    noise = (
+        torch.zeros(shape, device=model.device) if handed_over is not None and not blended else draw(shape)
+    )
+    if handed_over is not None:
+        x = handed_over
+    elif from_noise or start is None:
+        x = noise * table.init_scale
+    else:
+        x = start + noise * float(table.sigmas[0])
+    extra = low if low is not None else _extra_channels(model, request, source, mask, draw)
+    blend = None
+    if blended and mask is not None and start is not None:
+        blend = Blend(_latent_mask(mask, shape), start, noise)
+        draw(shape)  # diffusers encodes the masked image here too, for nothing but the noise it takes
+    return Prepared(request, table, condition(model, request, extra, label), x, draw.generator, blend)
+
+
+def refinement(first: ImageRequest, config: ModelConfig) -> ImageRequest | None:
+    """The second request of a hires fix but for its source, None without one. `first` is resolved.
+
+    Raises:
+        InvalidRequest: it is too large.
+    """
+    hires = first.hires
+    if hires is None:
+        return None
+    factor = config.vae.factor
+    width, height = (max(round(side * hires.scale / factor), 1) * factor for side in _size(first))
+    if max(width, height) > MAX_SIDE:
+        raise InvalidRequest("hires", f"got {width}x{height}, allowed is up to {MAX_SIDE}")
+    return replace(
+        first,
+        width=width,
+        height=height,
+        steps=hires.steps or first.steps,
+        sigmas=None if hires.steps else first.sigmas,
+        strength=hires.strength,
+        hires=None,
+        init_image=None,
+        init_latents=None,
+        mask=None,
+        denoising_start=None,
+        denoising_end=None,
+        original_size=(height, width),
+        target_size=(height, width),
+    )
+
+
+def second_pass(model: Model, first: ImageRequest, latents: Tensor) -> ImageRequest:
+    """The refining request of a hires fix, from the first pass' finished latents [C, h, w]."""
+    second = refinement(first, model.config)
+    assert second is not None
+    assert first.hires is not None
+    width, height = _size(second)
+    if first.hires.upscale == "lanczos":
+        picture = to_image(decode(model, latents))
+        return replace(second, init_image=picture.resize((width, height), Image.Resampling.LANCZOS))
+    mode = "nearest-exact" if first.hires.upscale == "latent-nearest" else "bilinear"
+    size = (height // model.config.vae.factor, width // model.config.vae.factor)
+    return replace(second, init_latents=F.interpolate(latents[None], size=size, mode=mode)[0])
+
+
+def table_for(model: Model, request: ImageRequest) -> SamplerTable:
+    """The sampler table of a resolved request; equal requests share one."""
+    strength = None if model.config.task in ("edit", "upscale") else request.strength
+    return _table(
+        model.config.noise,
+        request.sampler or "",
+        request.schedule,
+        request.steps or 1,
+        request.eta,
+        request.sigmas,
+        strength,
+        request.denoising_start,
+        request.denoising_end,
+        "sdxl" if model.config.family.startswith("sdxl") else "sd1",
+    )
+
+
+@lru_cache(maxsize=1024)
+def _table(
+    noise: NoiseConfig,
+    sampler: str,
+    schedule: str | None,
+    steps: int,
+    eta: float | None,
+    sigmas: tuple[float, ...] | None,
+    strength: float | None,
+    start: float | None,
+    end: float | None,
+    family: str,
+) -> SamplerTable:
+    return build_table(
+        sampler,
+        schedule,
+        steps,
+        _noise_schedule(noise),
+        eta=eta,
+        sigmas=sigmas,
+        strength=strength,
+        denoising_start=start,
+        denoising_end=end,
+        family=family,
+    )
+
+
+@lru_cache(maxsize=16)
+def _noise_schedule(noise: NoiseConfig) -> NoiseSchedule:
+    return NoiseSchedule(noise)
+
+
+class _Draw:
+    """Unit normal noise from one image's generator: drawn on the CPU in float32, the same on every device."""
+
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
+        self.generator = generator
+        self.device = device
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+
+def encode(model: Model, pixels: Tensor, draw: _Draw | None) -> Tensor:
+    """Latents [C, h, w] of pixels [3, H, W]; the posterior is sampled, or its mode taken without `draw`.
+
+    Half precision that overflows is done again in float32.
+    """
+    factor, channels = model.config.vae.factor, model.config.vae.latent_channels
+    height, width = pixels.shape[-2] // factor, pixels.shape[-1] // factor
+    noise = None if draw is None else draw((1, channels, height, width))
+    return _exact(model.vae, lambda vae: vae.encode(pixels[None], noise, tile=TILE))[0]
+
+
+def decode(model: Model, latents: Tensor) -> Tensor:
+    """Pixels [3, H, W] of finished latents [C, h, w]; half precision that overflows is done again in float32."""
+    return _exact(model.vae, lambda vae: vae.decode(latents[None], tile=TILE))[0]
+
+
+def _exact(vae: Autoencoder, run: Callable[[Autoencoder], Tensor]) -> Tensor:
+    """`run` with the autoencoder; if the result is not finite, with a float32 copy of it.
+
+    The model stays as it is, so that one image that overflows changes no bit of the images after it.
+    """
+    result = run(vae)
+    if vae.dtype == torch.float32 or bool(result.isfinite().all()):
+        return result
+    return run(copy.deepcopy(vae).to(torch.float32))
+
+
+def _size(request: ImageRequest) -> tuple[int, int]:
+    return request.width or 0, request.height or 0
+
+
+def _latent_shape(model: Model, request: ImageRequest) -> tuple[int, int, int]:
+    width, height = _size(request)
+    factor = model.config.vae.factor
+    return model.config.vae.latent_channels, height // factor, width // factor
+
+
+def _source(model: Model, request: ImageRequest) -> Tensor | None:
+    if request.init_image is None or model.config.task == "upscale":
+        return None
+    return to_tensor(rgb(request.init_image, *_size(request))).to(model.device)
+
+
+def _starts_from_noise(model: Model, request: ImageRequest) -> bool:
+    """Nothing of the source is in the initial latents: no source, or a task that sees it in extra channels.
+
+    Inpainting starts from pure noise at strength 1 exactly; image-to-image never does (diffusers).
+    """
+    if request.init_latents is not None:
+        return False
+    if request.init_image is None or model.config.task in ("edit", "upscale"):
+        return True
+    return request.mask is not None and request.strength == 1.0
+
+
+def _low_resolution(model: Model, request: ImageRequest, draw: _Draw) -> tuple[Tensor | None, int | None]:
+    """The noised low-resolution image [3, h, w] of the x4 upscaler, and its noise level as class label."""
+    if model.config.task != "upscale" or request.init_image is None:
+        return None, None
+    factor, (width, height) = model.config.vae.factor, _size(request)
+    pixels = to_tensor(rgb(request.init_image, width // factor, height // factor)).to(model.device)
+    # The upscaler's low-resolution schedule (CompVis x4-upscaling.yaml): scaled-linear 0.0001 to 0.02.
+    betas = torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0)[request.noise_level].float()
+    noise = draw((1, *pixels.shape))[0]
+    return kept.sqrt() * pixels + (1 - kept).sqrt() * noise, request.noise_level
+
+
+def _extra_channels(
+    model: Model, request: ImageRequest, source: Tensor | None, mask: Tensor | None, draw: _Draw
+) -> Tensor | None:
+    """The channels beside the latents, by task; they are never scaled with the noise level."""
+    task, shape = model.config.task, _latent_shape(model, request)
+    if task == "inpaint" and source is not None and mask is not None:
+        return torch.cat([_latent_mask(mask, shape), encode(model, source * (mask < 0.5), draw)])
+    if task == "edit" and source is not None:
+        # The edit network was trained on the posterior's mode in the autoencoder's own scale.
+        return model.vae.unscaled(encode(model, source, None)[None])[0]
+    if task == "depth":
+        assert request.depth is not None  # checked by `ImageRequest.resolved`
+        depth = gray_tensor(request.depth, *_size(request)).to(model.device)
+        small = F.interpolate(depth[None], size=shape[1:], mode="bicubic", align_corners=False)[0]
+        low, high = small.amin(), small.amax()
+        return 2 * (small - low) / (high - low).clamp(min=1e-8) - 1
+    return None
+
+
+def _latent_mask(mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    return F.interpolate(mask[None], size=shape[1:], mode="nearest")[0]

@@ -1,0 +1,34 @@
+"""Batch jobs on Ray: a table of prompts becomes a dataset of images.
+
+    from diffray.pipelines import JobConfig, run
+
+    result = run(JobConfig(input="prompts.csv", output="out"))
+
+Read `job.py` first.
+"""
+
+from .config import Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
+from .job import JobResult, run
+from .models import Models, OpenModel
+from .progress import for_this_terminal
+from .rows import request_from
+from .status import JobStatus, job_status
+from .store import Store
+
+__all__ = [
+    "Encoding",
+    "InvalidJob",
+    "JobConfig",
+    "JobResult",
+    "JobStatus",
+    "ModelOptions",
+    "Models",
+    "OpenModel",
+    "ShardLimits",
+    "Store",
+    "Workers",
+    "for_this_terminal",
+    "job_status",
+    "request_from",
+    "run",
+]

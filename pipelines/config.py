@@ -1,0 +1,117 @@
+"""What one batch job is: a validated value, the same from a YAML file and from command line flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffray.model.errors import DiffrayError
+
+
+class InvalidJob(DiffrayError, ValueError):
+    """A job config or an input table is wrong as a whole; nothing was started."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelOptions(_Strict):
+    """Which model makes the images, and how it runs. All of it belongs to the job's fingerprint."""
+
+    source: str = "embedded"
+    """"embedded", a local path, an fsspec URL or a hub repo id."""
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = Field(default=None, ge=1)
+    """Images denoised together; None lets the engine pick."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of `load_model`."""
+
+
+class Encoding(_Strict):
+    """How an image becomes bytes, and where the bytes go."""
+
+    format: Literal["png", "jpeg", "webp"] = "png"
+    quality: int = Field(default=92, ge=1, le=100)
+    """Of jpeg and webp; webp at 100 is lossless."""
+    layout: Literal["parquet", "files"] = "parquet"
+    """Bytes inside the Parquet column `image`, or one file per image beside a metadata table."""
+
+
+class ShardLimits(_Strict):
+    """When a shard is full: whichever limit is reached first. A shard is what a crash can cost."""
+
+    images: int = Field(default=100, ge=1, le=100_000)
+    work: float = Field(default=2e9, gt=0)
+    """Sum of width x height x steps. The default is about 60 SDXL images at 30 steps."""
+
+
+class Workers(_Strict):
+    """How the work is spread. Changes nothing in the output, so it may differ between resumptions."""
+
+    actors: int | None = Field(default=None, ge=1)
+    """At most this many engines; None takes one per GPU, or one per eight CPU cores."""
+    cpus: float | None = Field(default=None, gt=0)
+    """CPU cores, and torch threads, of an actor without a GPU; None divides the cluster's evenly."""
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs per actor; None takes 1 where the cluster has any and the device allows it."""
+    shards_in_flight: int = Field(default=4, ge=1, le=64)
+    """Shards that one actor works on at once, so that its engine never runs dry between two."""
+    crashes: int = Field(default=3, ge=1, le=20)
+    """A row that was alone in its worker at this many worker deaths is rejected."""
+    address: str | None = None
+    """Ray cluster to connect to; None starts Ray on this machine unless it is already up."""
+
+
+class JobConfig(_Strict):
+    """One batch job.
+
+    `defaults` are request fields for rows that do not say; `seed` is mixed with each image's id where the
+    row gives no seed. Paths are relative to the current directory, or fsspec URLs.
+    """
+
+    input: str
+    output: str
+    model: ModelOptions = ModelOptions()
+    defaults: dict[str, Any] = {}
+    images_per_prompt: int = Field(default=1, ge=1, le=100_000)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    encoding: Encoding = Encoding()
+    shards: ShardLimits = ShardLimits()
+    workers: Workers = Workers()
+    contact_sheet: int = Field(default=24, ge=0, le=400)
+    """Images on `contact_sheet.png`; 0 leaves it out."""
+
+    @classmethod
+    def checked(cls, values: dict[str, Any]) -> JobConfig:
+        """The config of plain values.
+
+        Raises:
+            InvalidJob: listing every key that is unknown or has a value that is not allowed.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [
+                f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+            ]
+            raise InvalidJob("\n".join(["the job config is not valid:", *lines])) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> JobConfig:
+        """The config in a YAML file.
+
+        Raises:
+            InvalidJob: the file cannot be read, is no YAML mapping, or `checked` refuses it.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InvalidJob(f"{path}: {error}") from None
+        if not isinstance(values, dict):
+            raise InvalidJob(f"{path}: got {type(values).__name__}, expected a mapping of job keys")
+        return cls.checked(values)

@@ -1,0 +1,79 @@
+"""What decides a job's output, recorded once; a resumed job that differs is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from diffray.model.config import ModelConfig
+from diffray.model.errors import JobConflict
+
+from .config import JobConfig
+from .source import Source
+from .store import Store
+
+JOB = "_diffray/job.json"
+VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
+"""The software that decides the bytes of images, image files and Parquet files."""
+
+
+def fingerprint(config: JobConfig, model: ModelConfig, checksum: str, source: Source) -> dict[str, Any]:
+    """Config (but for where it runs and writes), model, input content and software, as plain JSON values."""
+    values = {
+        "config": config.model_dump(mode="json", exclude={"input", "output", "workers"}),
+        "model": {**asdict(model), "checksum": checksum},
+        "input": {f"{i}": file for i, file in enumerate(source.fingerprint())},
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    return dict(json.loads(json.dumps(values)))
+
+
+def record(store: Store, mine: dict[str, Any]) -> None:
+    """Record the fingerprint of a job that has no plan yet, so nothing could have come of an earlier one."""
+    store.write(JOB, (json.dumps(mine, indent=2) + "\n").encode())
+
+
+def refuse_foreign(store: Store) -> None:
+    """Refuse an output that holds files which no diffray job wrote.
+
+    Raises:
+        JobConflict: naming some of them.
+    """
+    foreign = [] if store.exists(JOB) else [name for name in store.list() if name != "_diffray"]
+    if foreign:
+        raise JobConflict(f"{store.url} is not empty ({', '.join(foreign[:5])}) and holds no diffray job")
+
+
+def check(store: Store, mine: dict[str, Any]) -> None:
+    """Refuse to go on with a planned job whose recorded fingerprint is another one.
+
+    Raises:
+        JobConflict: showing every difference on a line of its own.
+    """
+    try:
+        recorded = json.loads(store.read(JOB))
+    except ValueError as error:
+        raise JobConflict(f"{store.path(JOB)} is damaged: {error}") from None
+    if recorded == mine:
+        return
+    before, after = _flat(recorded), _flat(mine)
+    lines = [
+        f"  {key}: {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "nothing") != after.get(key, "nothing")
+    ]
+    raise JobConflict(
+        "\n".join([f"{store.url} holds another job; choose a new output, or undo these changes:", *lines])
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys."""
+    if isinstance(value, dict) and value:
+        flat: dict[str, str] = {}
+        for key, inner in value.items():
+            flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: json.dumps(value)}

@@ -1,0 +1,129 @@
+"""A batch job: plan -> generate -> commit -> report. The file to read first.
+
+    plan      the input becomes numbered shards of image requests, written once          plan.py, rows.py
+    generate  engine actors make the shards that are not committed yet                   actors.py, worker.py
+    commit    each shard's files, then its record, which makes it final                  commit.py
+    report    totals proven, contact sheet, dataset card, success mark                   report.py
+
+A job may be killed at any point and run again: what is committed stays, the rest is made with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from posixpath import commonpath
+
+from .actors import generate_on_ray
+from .commit import committed, read_commits
+from .config import InvalidJob, JobConfig
+from .fingerprint import check, fingerprint, record, refuse_foreign
+from .lock import Lock
+from .models import Models
+from .plan import Plan, read_plan, write_plan
+from .progress import Progress, Silent
+from .report import SUCCESS, finish
+from .source import Source
+from .store import Store
+
+Generate = Callable[[JobConfig, int, Store, Models, Sequence[int]], Iterator[tuple[int, int]]]
+"""Makes shards and yields (images, rejected) of each: `generate_on_ray`, or anything else that can."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a job ended; every planned image is in `images` or in `rejected`."""
+
+    output: str
+    images: int
+    rejected: int
+    shards: int
+    made: int
+    """Shards that this run made; 0 when there was nothing to do."""
+    seconds: float
+
+
+def run(
+    config: JobConfig,
+    *,
+    take_over: bool = False,
+    progress: Progress | None = None,
+    models: Models | None = None,
+    store: Store | None = None,
+    generate: Generate = generate_on_ray,
+) -> JobResult:
+    """Run a job to its end, or resume it.
+
+    Args:
+        config: the job.
+        take_over: go on although the output's last owner may still be alive.
+        progress: told about every committed shard.
+        models: opens the model; another one lets a job run on an engine of one's own.
+        store: the output, if not `Store(config.output)`.
+        generate: makes the shards, on Ray unless told otherwise.
+
+    Raises:
+        InvalidJob: config or input are wrong as a whole.
+        JobConflict: the output belongs to another job or driver, or something changed since the job began.
+        AccountingError: images and rejected rows do not add up to the plan.
+    """
+    started = time.monotonic()
+    models, store, progress = models or Models(), store or Store(config.output), progress or Silent()
+    source = Source(config.input)
+    _apart(source, store)
+    model = models.config(config.model)
+    mine = fingerprint(config, model, models.checksum(config.model), source)
+    refuse_foreign(store)
+    if plan := read_plan(store):
+        check(store, mine)
+        if store.exists(SUCCESS):
+            return _result(store, plan, 0, started)
+    with Lock.acquire(store, take_over=take_over) as lock:
+        plan = read_plan(store)
+        if plan is None:
+            record(store, mine)
+            plan = write_plan(store, config, model, source)
+        done = committed(store)
+        pending = [shard for shard in range(plan.shards) if shard not in done]
+        _generate(config, lock, store, models, plan, pending, progress, generate)
+        finish(store, config, plan)
+    return _result(store, plan, len(pending), started)
+
+
+def _generate(
+    config: JobConfig,
+    lock: Lock,
+    store: Store,
+    models: Models,
+    plan: Plan,
+    pending: Sequence[int],
+    progress: Progress,
+    generate: Generate,
+) -> None:
+    if not pending:
+        return
+    before = read_commits(store, sorted(set(range(plan.shards)) - set(pending)))
+    progress.start(plan.images, sum(c.planned for c in before), sum(c.rejected for c in before))
+    try:
+        for images, rejected in generate(config, lock.run, store, models, pending):
+            progress.advance(images, rejected)
+    finally:
+        progress.stop()
+
+
+def _result(store: Store, plan: Plan, made: int, started: float) -> JobResult:
+    totals = json.loads(store.read(SUCCESS))
+    seconds = time.monotonic() - started
+    return JobResult(store.url, totals["images"], totals["rejected"], plan.shards, made, seconds)
+
+
+def _apart(source: Source, store: Store) -> None:
+    """Refuse outputs that could never be right: a root, or a folder that holds or is the input."""
+    root = store.path("").rstrip("/")
+    if not store.url or root.count("/") < 1:
+        raise InvalidJob(f"output {store.url!r}: give a folder of its own")
+    for path in source.files:
+        if path.startswith(f"{root}/") and commonpath([path, root]) == root:
+            raise InvalidJob(f"output {store.url} holds the input {path}: choose another folder")

@@ -1,0 +1,72 @@
+"""Where a job's model comes from: the one place where `pipelines` opens `diffray.model`'s engine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .config import ModelOptions
+
+if TYPE_CHECKING:
+    from diffray.model import Engine
+    from diffray.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """An engine that runs, and the facts that decide its pictures' bytes."""
+
+    engine: Engine
+    name: str
+    checksum: str
+    device: str
+    """The kind of device: "cpu" or "cuda"."""
+    dtype: str
+
+    def facts(self) -> dict[str, str | int]:
+        """What every worker of one job must agree on."""
+        return {
+            "checksum": self.checksum,
+            "device": self.device,
+            "dtype": self.dtype,
+            "rows": self.engine.rows,
+        }
+
+    @property
+    def broken(self) -> BaseException | None:
+        """What stopped the engine for good, if something did: then no image's error is its own."""
+        return self.engine._broken
+
+
+class Models:
+    """Opens models. Sent to the workers as it is, so it holds no model itself."""
+
+    def config(self, options: ModelOptions) -> ModelConfig:
+        """What the model is, from its headers alone."""
+        from diffray.model import model_config
+
+        return model_config(options.source, **options.options)
+
+    def checksum(self, options: ModelOptions) -> str:
+        """SHA-256 of the model's files, without loading them."""
+        from diffray.model.checkpoint import open_checkpoint
+        from diffray.model.source import resolve
+
+        return open_checkpoint(resolve(options.source)).checksum()
+
+    def open(self, options: ModelOptions) -> OpenModel:
+        """Load the weights and start an engine."""
+        from diffray.model import Engine, load_model
+
+        model = load_model(options.source, device=options.device, dtype=options.dtype, **options.options)
+        engine = Engine(model, batch_size=options.batch_size)
+        engine.start()
+        device, dtype = str(model.device).partition(":")[0], str(model.dtype).removeprefix("torch.")
+        return OpenModel(engine, shown_name(options.source), model.checksum, device, dtype)
+
+
+def shown_name(source: str) -> str:
+    """A model's name for datasets that travel: of a path or URL only the last part."""
+    local = "://" in source or os.path.exists(os.path.expanduser(source))
+    return os.path.basename(source.rstrip("/")) if local else source

@@ -1,0 +1,235 @@
+"""One worker: an engine, and the shards that share it. No Ray in here.
+
+Several shards are in flight at once, so that the engine always has images to batch. Encoding and storage
+run in threads; the denoising loop never waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from diffray.model.errors import GenerationError, InvalidRequest, JobConflict
+from diffray.model.request import ImageRequest
+
+from .attempts import Attempts
+from .commit import Commit, Made, Outcome, Output, Rejected, commit_path, read_commit, write_commit
+from .config import Encoding, JobConfig
+from .models import Models
+from .plan import read_shard
+from .rows import PlannedImage
+from .store import Store
+
+MODEL = "_diffray/model.json"
+ENCODERS = 4
+
+
+class WorkerBroken(Exception):
+    """The engine failed in a way that is no row's own error: this process must end, its work be redone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker needs to know about its job."""
+
+    config: JobConfig
+    run: int
+    """Number of this run of the job, from its lock."""
+
+
+class Worker:
+    """Makes shards with one engine.
+
+    Raises:
+        JobConflict: the model is not the one that the job's other workers have.
+    """
+
+    def __init__(self, task: Task, store: Store, models: Models) -> None:
+        self._config, self._run, self._store = task.config, task.run, store
+        self._model = models.open(task.config.model)
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._turns = _Turns()
+        encoding = task.config.encoding
+        self._output = Output(
+            {"jpeg": "jpg"}.get(encoding.format, encoding.format),
+            encoding.layout == "files",
+            self._model.name,
+            self._model.checksum,
+        )
+        self._check_model()
+
+    def close(self) -> None:
+        """Stop the engine and the encoders."""
+        self._model.engine.close()
+        self._encoders.shutdown()
+
+    async def make(self, number: int) -> Commit:
+        """Make one shard final; one that already is costs a look.
+
+        Raises:
+            WorkerBroken: the process is not to be trusted any more.
+        """
+        if await asyncio.to_thread(self._store.exists, commit_path(number)):
+            return await asyncio.to_thread(read_commit, self._store, number)
+        started = time.monotonic()
+        shard = await asyncio.to_thread(read_shard, self._store, number)
+        limit = self._config.workers.crashes
+        attempts = await asyncio.to_thread(Attempts.read, self._store, number, self._run, limit)
+        outcomes, ready = _decided(shard.images, attempts)
+        timings: dict[str, float] = defaultdict(float)
+        if attempts.alone:
+            async with self._turns.exclusive():
+                outcomes += await self._one_by_one(ready, attempts, timings)
+        else:
+            async with self._turns.shared():
+                outcomes += await self._together(ready, attempts, timings)
+        timings["shard_seconds"] = time.monotonic() - started
+        facts = {name: round(seconds, 4) for name, seconds in sorted(timings.items())}
+        return await asyncio.to_thread(
+            write_commit, self._store, number, shard, outcomes, self._output, facts
+        )
+
+    async def _together(
+        self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
+    ) -> list[Outcome]:
+        if not images:
+            return []
+        record = await asyncio.to_thread(attempts.begin)
+        try:
+            return list(await asyncio.gather(*(self._one(image, timings) for image in images)))
+        except WorkerBroken as error:
+            await asyncio.to_thread(attempts.blame, record, str(error))
+            raise
+
+    async def _one_by_one(
+        self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
+    ) -> list[Outcome]:
+        await asyncio.to_thread(attempts.begin)
+        outcomes = []
+        for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
+            record = await asyncio.to_thread(attempts.begin_row, image.id)
+            try:
+                outcomes.append(await self._one(image, timings))
+            except WorkerBroken as error:
+                await asyncio.to_thread(attempts.blame, record, str(error))
+                raise
+            await asyncio.to_thread(attempts.end_row, record)
+        return outcomes
+
+    async def _one(self, image: PlannedImage, timings: dict[str, float]) -> Outcome:
+        assert image.request is not None, "the plan's own rejections never come here"
+        try:
+            result = await asyncio.wrap_future(self._model.engine.submit(image.request).future)
+        except InvalidRequest as error:
+            return Rejected(image, "generate", error.field, error.reason, 1)
+        except GenerationError as error:
+            if self._model.broken is not None:
+                raise WorkerBroken(str(error)) from error
+            return Rejected(image, "generate", None, str(error), 1)
+        except Exception as error:
+            raise WorkerBroken(f"{type(error).__name__}: {error}") from error
+        for stage, seconds in result.timings.items():
+            timings[stage] += seconds
+        assert result.image is not None, "the plan lets only images through"
+        loop = asyncio.get_running_loop()
+        try:
+            data = await loop.run_in_executor(
+                self._encoders, encoded, result.image, result.request, self._config.encoding
+            )
+        except (OSError, ValueError) as error:
+            return Rejected(image, "encode", None, str(error), 1)
+        return Made(image, result.request, data, hashlib.sha256(data).hexdigest())
+
+    def _check_model(self) -> None:
+        """The first worker of a job records what it loaded; every other must have loaded the same."""
+        mine = self._model.facts()
+        if self._store.put_if_absent(MODEL, (json.dumps(mine, indent=2) + "\n").encode()):
+            return
+        recorded = json.loads(self._store.read(MODEL))
+        if recorded != mine:
+            lines = [
+                f"  model.{k}: {recorded.get(k)} -> {v}" for k, v in mine.items() if recorded.get(k) != v
+            ]
+            self.close()
+            raise JobConflict("\n".join(["this worker's model is not the one the job began with:", *lines]))
+
+
+def encoded(image: Image.Image, request: ImageRequest, encoding: Encoding) -> bytes:
+    """The image file; a PNG carries its request as JSON in the text chunk `diffray`."""
+    sink = io.BytesIO()
+    if encoding.format == "png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("diffray", json.dumps(request.parameters(), ensure_ascii=False))
+        image.save(sink, "PNG", pnginfo=text)
+    else:
+        lossless: Mapping[str, Any] = {"lossless": True} if encoding.quality == 100 else {}
+        image.save(sink, encoding.format, quality=encoding.quality, **lossless)
+    return sink.getvalue()
+
+
+def _decided(
+    images: tuple[PlannedImage, ...], attempts: Attempts
+) -> tuple[list[Outcome], list[PlannedImage]]:
+    """What needs no engine any more (refused by the plan, or killers), and what does."""
+    outcomes: list[Outcome] = []
+    ready = []
+    for image in images:
+        if image.request is None:
+            outcomes.append(Rejected(image, "plan", image.field, image.reason or "", 0))
+        elif image.id in attempts.killers:
+            deaths = attempts.deaths[image.id]
+            error = attempts.reasons.get(image.id)
+            reason = f"crashed its worker {deaths} times" + (f", last with {error}" if error else "")
+            outcomes.append(Rejected(image, "generate", None, reason, deaths))
+        else:
+            ready.append(image)
+    return outcomes, ready
+
+
+class _Turns:
+    """Either many shards at once, or one alone. One that waits to be alone goes before newcomers."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._sharing = 0
+        self._alone = False
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._alone and not self._waiting)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        async with self._changed:
+            self._waiting += 1
+            try:
+                await self._changed.wait_for(lambda: not self._alone and not self._sharing)
+            finally:
+                self._waiting -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._alone = False
+                self._changed.notify_all()

@@ -1,0 +1,197 @@
+"""The command: what it prints, and the exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from diffray.cli.app import app
+from diffray.model.errors import GenerationError
+from diffray.pipelines import JobConfig, job_status
+from diffray.pipelines import job as job_module
+
+DIFFRAY = Path(sys.executable).with_name("diffray")
+
+
+def _neighbour(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "pipelines" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"cli_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[f"cli_{name}"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Jobs of the command run on the fake engine, in this process."""
+    import asyncio
+
+    from diffray.pipelines.worker import Task, Worker
+
+    def in_process(config: JobConfig, number: int, store: Any, models: Any, shards: Any) -> Any:
+        worker = Worker(Task(config, number), store, models)
+        for shard in shards:
+            commit = asyncio.run(worker.make(shard))
+            yield commit.images, commit.rejected
+        worker.close()
+
+    module = _neighbour("fake")
+    monkeypatch.setattr(job_module, "Models", module.FakeModels)
+    monkeypatch.setitem(job_module.run.__kwdefaults__, "generate", in_process)
+    return module
+
+
+def diffray(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "p.csv"
+    path.write_text("id,prompt\na,x\nb,POISON\n")
+    return path
+
+
+def test_help_and_version_do_not_wait_for_torch_or_ray() -> None:
+    code = "import sys; import diffray.cli; print(sorted({'torch', 'ray', 'pyarrow'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+    shown = subprocess.run([DIFFRAY, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("diffray ")
+
+
+@pytest.mark.usefixtures("fake")
+def test_generate_again_and_status(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, error = diffray("generate", table, out, "--steps", 3, "-n", 2, "--set", "eta=0.5")
+    assert (code, error.splitlines()[-1]) == (0, "4/4 images, 2 rejected, " + error.split()[-1])
+    assert "2 images, 2 rejected (see rejected/)" in text
+    code, text, _ = diffray("generate", table, out, "--steps", 3, "-n", 2, "--set", "eta=0.5")
+    assert (code, text.startswith("nothing to do")) == (0, True)
+    code, text, _ = diffray("status", out, "--verify")
+    assert (code, text.splitlines()) == (
+        0,
+        ["4 of 4 images ended, 2 of them rejected", "1 of 1 shards committed; complete"],
+    )
+
+
+@pytest.mark.usefixtures("fake")
+def test_run_is_generate_from_a_file(table: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"input: {table}\noutput: {tmp_path}/a\ndefaults: {{steps: 3}}\n")
+    assert diffray("run", job)[0] == 0
+    assert diffray("generate", table, tmp_path / "b", "--steps", 3)[0] == 0
+    one, two = (job_status(str(tmp_path / name)) for name in "ab")
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("input: a\n", "output: Field required"),
+        ("input: a\noutput: b\nstep: 3\n", "step: Extra inputs are not permitted"),
+        ("input: a\noutput: b\nshards: {images: 0}\n", "shards.images"),
+        ("- a\n", "expected a mapping"),
+        ("input: [\n", "job.yaml"),
+    ],
+)
+def test_a_job_file_that_is_not_valid_exits_2(tmp_path: Path, text: str, message: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(text)
+    code, _, error = diffray("run", job)
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.usefixtures("fake")
+def test_wrong_use_exits_2(table: Path, tmp_path: Path) -> None:
+    assert diffray("generate", table)[0] == 2
+    assert diffray("generate", tmp_path / "none.csv", tmp_path / "o")[0] == 2
+    for wrong in (
+        ["--steps", 0],
+        ["--set", "step=3"],
+        ["--set", "width=wide"],
+        ["--format", "gif"],
+        ["--set", "x"],
+    ):
+        code, _, error = diffray("generate", table, tmp_path / "o", *wrong)
+        assert code == 2, wrong
+        assert str(wrong[1]).partition("=")[0] in error
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_conflict_exits_3_and_shows_the_difference(table: Path, tmp_path: Path) -> None:
+    diffray("generate", table, tmp_path / "o")
+    code, _, error = diffray("generate", table, tmp_path / "o", "--seed", 9)
+    assert code == 3
+    assert "  config.seed: 0 -> 9" in error.splitlines()
+
+
+def test_a_failure_exits_1_and_debug_shows_where(
+    table: Path, tmp_path: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise GenerationError("no such luck")
+
+    monkeypatch.setattr(fake.FakeModels, "open", fails)
+    code, _, error = diffray("generate", table, tmp_path / "o")
+    assert (code, error.splitlines()[-1]) == (1, "diffray: no such luck")
+    result = CliRunner().invoke(app, ["--debug", "generate", str(table), str(tmp_path / "o")])
+    assert isinstance(result.exception, GenerationError)
+
+
+def test_ctrl_c_exits_130_and_releases_the_output(
+    table: Path, tmp_path: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake.FakeModels, "open", stopped)
+        code, _, error = diffray("generate", table, tmp_path / "o")
+    assert (code, "run the same command to go on" in error) == (130, True)
+    assert job_status(str(tmp_path / "o")).owner is None
+    assert diffray("generate", table, tmp_path / "o")[0] == 0
+
+
+@pytest.mark.slow
+def test_sigterm_exits_143_and_the_job_can_go_on(tmp_path: Path) -> None:
+    table = tmp_path / "p.csv"
+    table.write_text("prompt,n\nSLOW,200\n")
+    launcher = tmp_path / "launch.py"
+    pipelines = Path(__file__).parent.parent / "pipelines"
+    launcher.write_text(
+        f"import sys; sys.path.insert(0, {str(pipelines)!r})\n"
+        "import fake, ray.cloudpickle; ray.cloudpickle.register_pickle_by_value(fake)\n"
+        "import diffray.pipelines.job as job; job.Models = fake.FakeModels\n"
+        "from diffray.cli import main; main()\n"
+    )
+    command = [sys.executable, launcher, "generate", table, tmp_path / "o", "--shard-images", "5"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        until = time.monotonic() + 280
+        while not list((tmp_path / "o/_diffray/commits").glob("*.json")):
+            assert time.monotonic() < until, "no shard was committed"
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate()
+    assert (process.returncode, error.splitlines()[-1]) == (
+        143,
+        "diffray: terminated; run the same command to go on",
+    )
+    assert job_status(str(tmp_path / "o")).phase.startswith("stopped")

@@ -1,0 +1,145 @@
+"""A model that draws noise from the seed: the engine's API without its weight.
+
+Words in a prompt make it misbehave: POISON fails that image, KILL ends the process, BREAK stops the engine,
+SLOW takes its time.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from diffray.model.config import Defaults, ModelConfig, NoiseConfig, UNetConfig, VAEConfig
+from diffray.model.errors import GenerationError
+from diffray.model.request import ImageRequest
+from diffray.pipelines.config import ModelOptions
+from diffray.pipelines.models import Models, OpenModel
+
+CONFIG = ModelConfig(
+    family="sd1",
+    task="text",
+    unet=UNetConfig(
+        in_channels=4,
+        out_channels=4,
+        channels=(32,),
+        down=((1,),),
+        mid_resnets=2,
+        mid_depth=1,
+        up=((1, 1),),
+        heads=(1,),
+        context_dim=32,
+        linear_projection=False,
+        cross_attention_only=(False,),
+        added_dim=None,
+        added_kind=None,
+        class_count=None,
+        guidance_dim=None,
+        norm_groups=32,
+    ),
+    vae=VAEConfig(
+        image_channels=3,
+        latent_channels=4,
+        channels=(32, 32, 32, 32),
+        resnets=1,
+        quant_conv=True,
+        scale=1.0,
+        shift=0.0,
+        latents_mean=None,
+        latents_std=None,
+        force_upcast=False,
+        norm_groups=32,
+    ),
+    text=(),
+    noise=NoiseConfig(
+        beta_start=0.1,
+        beta_end=0.2,
+        beta_schedule="linear",
+        train_steps=1000,
+        zero_terminal_snr=False,
+        prediction_type="epsilon",
+    ),
+    defaults=Defaults(width=16, height=16, steps=4, guidance_scale=5.0, sampler="euler", schedule="native"),
+    zero_empty_negative=False,
+    aesthetic_score=False,
+    prediction_decided_by="default",
+)
+
+
+@dataclass
+class FakeResult:
+    image: Image.Image
+    request: ImageRequest
+    timings: dict[str, float]
+
+
+@dataclass
+class FakeTicket:
+    request: ImageRequest
+    future: Future[FakeResult] = field(default_factory=Future)
+
+
+class FakeEngine:
+    rows = 2
+
+    def __init__(self, log: str | None) -> None:
+        self._log, self._broken = log, None
+        self._queue: queue.Queue[FakeTicket | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: ImageRequest) -> FakeTicket:
+        ticket = FakeTicket(request.resolved(CONFIG))
+        self._queue.put(ticket)
+        return ticket
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (ticket := self._queue.get()) is not None:
+            try:
+                ticket.future.set_result(self._make(ticket.request))
+            except Exception as error:
+                ticket.future.set_exception(error)
+
+    def _make(self, request: ImageRequest) -> FakeResult:
+        if self._broken is not None:
+            raise GenerationError("engine stopped")
+        if self._log:
+            with open(self._log, "a") as file:
+                file.write(f"{request.seed} {os.getpid()}\n")
+        if "SLOW" in request.prompt:
+            time.sleep(0.15)
+        if "POISON" in request.prompt:
+            raise GenerationError("denoised latents: got non-finite values")
+        if "KILL" in request.prompt:
+            os._exit(9)
+        if "BREAK" in request.prompt:
+            self._broken = RuntimeError("CUDA error: device-side assert")
+            raise GenerationError("engine stopped: CUDA error: device-side assert")
+        rng = np.random.default_rng(request.seed)
+        pixels = rng.integers(0, 255, (request.height, request.width, 3), dtype=np.uint8)
+        return FakeResult(Image.fromarray(pixels), request, {"denoise": 0.001})
+
+
+class FakeModels(Models):
+    """Options: `log` (a file that gets a line per image begun), `weights` (stands for the checksum)."""
+
+    def config(self, options: ModelOptions) -> Any:
+        return CONFIG
+
+    def checksum(self, options: ModelOptions) -> str:
+        return str(options.options.get("weights", "w0"))
+
+    def open(self, options: ModelOptions) -> OpenModel:
+        engine: Any = FakeEngine(options.options.get("log"))
+        return OpenModel(engine, "fake", self.checksum(options), "cpu", "float32")

@@ -1,0 +1,265 @@
+"""The promises of a job: nothing lost, nothing twice, crashes anywhere, no silent change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from diffray.model.errors import AccountingError, JobConflict, JobError
+from diffray.pipelines import JobConfig, Store, job_status
+from diffray.pipelines.commit import Rejected, write_commit
+from diffray.pipelines.models import Models
+from diffray.pipelines.plan import read_shard
+
+from .conftest import Place, in_process, restarting
+
+TABLE = "prompt,n,width,label\n" + "p,2,,a\n" + "POISON,1,,b\n" + "bad,1,x,c\n" + "q,3,,d\n"
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+class CrashingStore(Store):
+    """Dies at the n-th call, before or after it took effect."""
+
+    def __init__(self, url: str, at: int, after: bool) -> None:
+        super().__init__(url)
+        self.at, self.after, self.calls = at, after, 0
+
+
+def _crashing(name: str) -> None:
+    original = getattr(Store, name)
+
+    def call(self: CrashingStore, *arguments: object) -> object:
+        self.calls += 1
+        if self.calls == self.at and not self.after:
+            raise Crash
+        result = original(self, *arguments)
+        if self.calls == self.at:
+            raise Crash
+        return result
+
+    setattr(CrashingStore, name, call)
+
+
+for _name in ("read", "exists", "list", "write", "put_if_absent", "remove"):
+    _crashing(_name)
+
+
+def in_turn(
+    config: JobConfig, number: int, store: Store, models: Models, shards: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """One shard after the other, so that the n-th store call is always the same one."""
+    for shard in shards:
+        yield from in_process(config, number, store, models, [shard])
+
+
+def test_a_finished_job_has_nothing_to_do(place: Place) -> None:
+    table = place.write(TABLE)
+    first = place.job(table)
+    assert (first.images, first.rejected, first.shards, first.made) == (5, 2, 3, 3)
+    before, begun = place.bytes(), place.begun()
+    second = place.job(table)
+    assert (second.images, second.rejected, second.made) == (5, 2, 0)
+    assert (place.bytes(), place.begun()) == (before, begun)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_crash_at_every_storage_call_then_resume(place: Place, after: bool) -> None:
+    table = place.write("prompt,width\np,\nPOISON,\nbad,x\nq,\n")
+    config = place.config(table, "clean", shards={"images": 2}, contact_sheet=1)
+    counting = CrashingStore(config.output, -1, after)
+    place.run(config, store=counting, generate=in_turn)
+    clean = place.bytes("clean")
+    assert counting.calls > 40
+    for at in range(1, counting.calls + 1):
+        out = place.path / f"crashed{at}"
+        config = place.config(table, out.name, shards={"images": 2}, contact_sheet=1)
+        with pytest.raises(Crash):
+            place.run(config, store=CrashingStore(config.output, at, after), generate=in_turn)
+        done = {path.name for path in (out / "_diffray/commits").glob("*")}
+        made = Counter(place.begun())
+        # The same process is still alive, so its own lock has to be taken over.
+        place.run(config, generate=in_turn, take_over=True)
+        assert place.bytes(out.name) == clean, f"crash at call {at}"
+        again = Counter(place.begun()) - made
+        committed = {
+            image.request.seed
+            for name in done
+            for image in read_shard(Store(config.output), int(name[:5])).images
+            if image.request
+        }
+        assert not committed & again.keys(), f"crash at call {at}: a committed shard was made again"
+        shutil.rmtree(out)
+
+
+def test_bytes_do_not_depend_on_the_output_or_on_workers(place: Place) -> None:
+    table = place.write(TABLE)
+    place.job(table, "one")
+    place.job(table, "two", workers={"shards_in_flight": 1, "crashes": 5})
+    assert place.bytes("one") == place.bytes("two")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"defaults": {"steps": 9}}, "config.defaults.steps: nothing -> 9"),
+        ({"seed": 3}, "config.seed: 0 -> 3"),
+        ({"model": {"options": {"weights": "w1"}}}, 'model.checksum: "w0" -> "w1"'),
+    ],
+)
+def test_a_changed_job_is_refused_and_the_change_is_shown(
+    place: Place, change: dict[str, object], line: str
+) -> None:
+    table = place.write(TABLE)
+    place.job(table)
+    before = place.bytes()
+    with pytest.raises(JobConflict) as conflict:
+        place.job(table, **change)
+    assert line in str(conflict.value)
+    assert place.bytes() == before
+
+
+def test_a_changed_input_is_refused(place: Place) -> None:
+    place.job(place.write(TABLE))
+    with pytest.raises(JobConflict, match=r"input\.0\.sha256"):
+        place.job(place.write(TABLE + "more,1,,\n"))
+
+
+def test_workers_may_change_between_resumptions(place: Place) -> None:
+    table = place.write(TABLE)
+    place.job(table)
+    assert place.job(table, workers={"actors": 3}).made == 0
+
+
+def test_foreign_files_are_never_touched(place: Place) -> None:
+    table = place.write(TABLE)
+    (place.path / "out").mkdir()
+    (place.path / "out" / "thesis.doc").write_text("mine")
+    with pytest.raises(JobConflict, match=r"thesis\.doc"):
+        place.job(table)
+    assert (place.path / "out" / "thesis.doc").read_text() == "mine"
+
+
+def test_a_second_driver_is_told_who_owns_the_output(place: Place) -> None:
+    table = place.write(TABLE)
+    seen = []
+
+    def meanwhile(
+        config: JobConfig, number: int, store: Store, models: Models, shards: Sequence[int]
+    ) -> Iterator[tuple[int, int]]:
+        with pytest.raises(JobConflict, match=f"process {os.getpid()} on {socket.gethostname()}"):
+            place.job(table)
+        seen.append(job_status(config.output).phase)
+        yield from in_process(config, number, store, models, shards)
+
+    place.run(place.config(table), generate=meanwhile)
+    assert seen == ["running"]
+    assert job_status(str(place.path / "out")).phase == "complete"
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_and_that_of_another_host_is_not(place: Place) -> None:
+    store = Store(str(place.path / "out"))
+    table = place.write(TABLE)
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "since": "then"}
+    store.write("_diffray/locks/00001.json", json.dumps(dead).encode())
+    assert place.job(table).images == 5
+    other = place.config(table, "other")
+    Store(other.output).write("_diffray/locks/00001.json", json.dumps({**dead, "host": "elsewhere"}).encode())
+    with pytest.raises(JobConflict, match="elsewhere"):
+        place.run(other)
+    assert place.run(other, take_over=True).images == 5
+
+
+def test_a_row_that_breaks_its_worker_is_rejected_and_its_neighbours_are_not(place: Place) -> None:
+    good = "prompt\n" + "".join(f"p{i}\n" for i in range(6))
+    place.job(place.write(good, "good.csv"), "good")
+    result = place.run(
+        place.config(place.write(good + "BREAK\n", "bad.csv"), shards={"images": 4}), generate=restarting
+    )
+    assert (result.images, result.rejected) == (6, 1)
+    [row] = place.rows(folder="rejected")
+    assert (row["prompt"], row["attempts"], row["stage"]) == ("BREAK", 3, "generate")
+    assert row["reason"].startswith("crashed its worker 3 times, last with engine stopped: CUDA error")
+    assert {r["id"]: r["sha256"] for r in place.rows()} == {r["id"]: r["sha256"] for r in place.rows("good")}
+
+
+def test_two_killers_in_one_shard_are_both_found(place: Place) -> None:
+    table = place.write("prompt\np\nBREAK\nq\nBREAK now\nr\n")
+    result = place.run(place.config(table, shards={"images": 10}), generate=restarting)
+    assert (result.images, result.rejected) == (3, 2)
+
+
+def test_a_shard_that_breaks_workers_without_a_guilty_row_stops_the_job(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffray.pipelines import worker
+
+    def broken(*_: object) -> None:
+        raise worker.WorkerBroken("disk controller on fire")
+
+    monkeypatch.setattr(worker, "write_commit", broken)
+    with pytest.raises(JobError, match="no single row"):
+        place.run(place.config(place.write("prompt\np\n")), generate=restarting)
+
+
+def test_outcomes_that_are_not_the_shard_are_refused(place: Place) -> None:
+    place.job(place.write(TABLE))
+    store = Store(str(place.path / "out"))
+    shard = read_shard(store, 0)
+    verdicts = [Rejected(image, "generate", None, "why", 1) for image in shard.images]
+    from diffray.pipelines.commit import Output
+
+    output = Output("png", False, "m", "c")
+    for wrong in (verdicts[:-1], [*verdicts, verdicts[0]]):
+        with pytest.raises(AccountingError, match="shard 0"):
+            write_commit(store, 0, shard, wrong, output, {})
+
+
+@pytest.mark.parametrize("damage", ["commit", "data", "extra"])
+def test_a_job_that_does_not_add_up_fails(place: Place, damage: str) -> None:
+    table = place.write(TABLE)
+    place.job(table)
+    out = place.path / "out"
+    (out / "_diffray/SUCCESS.json").unlink()
+    if damage == "commit":
+        path = out / "_diffray/commits/00000.json"
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({**values, "images": values["images"] - 1}))
+    elif damage == "data":
+        (out / "data/part-00000.parquet").unlink()
+    else:
+        shutil.copy(out / "data/part-00000.parquet", out / "data/part-00007.parquet")
+    with pytest.raises(AccountingError):
+        place.job(table)
+
+
+def test_a_damaged_record_is_never_taken_for_absent(place: Place) -> None:
+    table = place.write(TABLE)
+    place.job(table)
+    out = place.path / "out"
+    (out / "_diffray/SUCCESS.json").unlink()
+    for name in ("commits/00001.json", "plan.json", "job.json"):
+        path: Path = out / "_diffray" / name
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])
+        with pytest.raises(JobConflict, match="damaged"):
+            place.job(table)
+        path.write_text(whole)
+
+
+def test_verify_names_damaged_files(place: Place) -> None:
+    place.job(place.write(TABLE))
+    out = place.path / "out"
+    assert job_status(str(out), verify=True).damaged == ()
+    (out / "data/part-00000.parquet").write_bytes(b"short")
+    (out / "rejected/part-00000.parquet").unlink()
+    assert len(job_status(str(out), verify=True).damaged) == 2
