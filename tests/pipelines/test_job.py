@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,17 +34,24 @@ class CrashingStore(Store):
     def __init__(self, url: str, at: int, after: bool) -> None:
         super().__init__(url)
         self.at, self.after, self.calls = at, after, 0
+        self._counting = threading.Lock()
+
+    def next_call(self) -> int:
+        """The number of this call; records are read by several threads at once."""
+        with self._counting:
+            self.calls += 1
+            return self.calls
 
 
 def _crashing(name: str) -> None:
     original = getattr(Store, name)
 
     def call(self: CrashingStore, *arguments: object) -> object:
-        self.calls += 1
-        if self.calls == self.at and not self.after:
+        number = self.next_call()
+        if number == self.at and not self.after:
             raise Crash
         result = original(self, *arguments)
-        if self.calls == self.at:
+        if number == self.at:
             raise Crash
         return result
 
