@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from diffray.model.vae import Autoencoder
 
+from . import captions
 from .autoencoder import CONFIG, rate
-from .denoiser import SCENES, SCENES_SEED
 from .muon import Muon, orthogonal
-from .scenes import draw, random_scene
+from .scenes import draw
 
 BATCH = 16
 NOISE = 0.05
@@ -29,8 +29,7 @@ MUON_RATE, ADAM_RATE = 3e-3, 1.5e-3
 def train(folder: Path, steps: int) -> None:
     saved = torch.load(folder / "dataset.pt", weights_only=True, mmap=True)
     latents, scale = saved["latents"], saved["scale"]
-    rng = np.random.default_rng(SCENES_SEED)
-    scenes = [random_scene(rng) for _ in range(SCENES)]
+    scenes = captions.scenes()
     model = Autoencoder(CONFIG).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["model"])
     model.encoder.requires_grad_(False)

@@ -1,7 +1,8 @@
-"""Train the embedded model's UNet and text encoder together: `python -m training.denoiser RUN_FOLDER`.
+"""Train the embedded model's UNet: `python -m training.denoiser RUN_FOLDER`.
 
-v-prediction (Salimans & Ho 2022) on the autoencoder's latents, uniform timesteps, 10 % of captions dropped for
-classifier-free guidance; Muon on matrices and filters, AdamW on the rest; an exponential moving average of the
+v-prediction (Salimans & Ho 2022) on the autoencoder's latents against the frozen text encoder; timesteps half
+uniform, half logit-normal around the middle (Esser et al. 2024), where shapes are decided; 10 % of captions dropped
+for classifier-free guidance; Muon on matrices and filters, AdamW on the rest; an exponential moving average of the
 weights is what is kept. Checkpoints every 200 steps; started again it goes on where it stopped.
 """
 
@@ -15,52 +16,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import Tensor
+from transformers import CLIPTextModel
 
 from diffray.model.config import UNetConfig
 from diffray.model.unet import UNet
 from diffray.model.vae import Autoencoder
 
-from . import vocabulary
+from . import captions
 from .autoencoder import CONFIG as VAE_CONFIG
 from .autoencoder import rate
+from .captions import WIDTH
 from .muon import Muon, orthogonal
-from .scenes import draw, random_scene
+from .scenes import draw
 
-SCENES, SCENES_SEED = 60_000, 20_000
-TEXT_WIDTH = 128
-POSITIONS = 32
 BETA_START, BETA_END, TRAIN_STEPS = 0.00085, 0.02, 1000
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 EMA_DECAY = 0.998
 UNET = UNetConfig(
     in_channels=4, out_channels=4, channels=(32, 96, 128), down=((0,), (1,), (1,)), mid_resnets=2, mid_depth=1,
-    up=((0, 0), (1, 1), (1, 1)), heads=(4, 4, 4), context_dim=TEXT_WIDTH, linear_projection=True,
+    up=((0, 0), (1, 1), (1, 1)), heads=(4, 4, 4), context_dim=WIDTH, linear_projection=True,
     cross_attention_only=(False, False, False), added_dim=None, added_kind=None, class_count=None,
     guidance_dim=None, norm_groups=16,
 )  # fmt: skip
-
-
-class Denoiser(nn.Module):
-    """UNet and text encoder as one thing to train."""
-
-    def __init__(self, vocabulary_size: int) -> None:
-        super().__init__()
-        self.unet = UNet(UNET)
-        self.text = CLIPTextModel(text_config(vocabulary_size))
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(input_ids=ids).last_hidden_state)
-
-
-def text_config(vocabulary_size: int) -> CLIPTextConfig:
-    """Three layers of width 128 over the small vocabulary, final norm on the last layer (the SD 1 convention)."""
-    return CLIPTextConfig(
-        vocab_size=vocabulary_size, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=POSITIONS, hidden_act="quick_gelu", projection_dim=TEXT_WIDTH,
-        bos_token_id=vocabulary_size - 2, eos_token_id=vocabulary_size - 1, pad_token_id=vocabulary_size - 1,
-    )  # fmt: skip
 
 
 def alpha_bar() -> Tensor:
@@ -71,40 +49,47 @@ def alpha_bar() -> Tensor:
 
 
 @torch.no_grad()
-def dataset(folder: Path, vae: Autoencoder) -> tuple[Tensor, Tensor, float]:
-    """Scaled latents [SCENES, 4, 16, 16] and caption ids [SCENES, POSITIONS] and the scale factor; cached."""
+def dataset(folder: Path) -> tuple[Tensor, Tensor]:
+    """Scaled latents [SCENES, 4, 16, 16] and caption ids [SCENES, POSITIONS]; cached, with the scale factor."""
     cache = folder / "dataset.pt"
     if cache.exists():
         saved = torch.load(cache, weights_only=True)
-        return saved["latents"], saved["ids"], saved["scale"]
-    rng = np.random.default_rng(SCENES_SEED)
-    scenes = [random_scene(rng) for _ in range(SCENES)]
-    vocab, merges = vocabulary.build(scene.caption for scene in scenes)
-    vocabulary.save(folder / "tokenizer", vocab, merges)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    captions = [scene.caption for scene in scenes]
-    ids = tokenizer(captions, padding="max_length", max_length=POSITIONS, return_tensors="pt").input_ids
+        return saved["latents"], saved["ids"]
+    vae = Autoencoder(VAE_CONFIG).eval()
+    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["model"])
+    scenes = captions.scenes()
+    ids = captions.tokens(captions.tokenizer(folder), [scene.caption for scene in scenes])
     latents = []
-    for start in range(0, SCENES, 100):
+    for start in range(0, len(scenes), 100):
         images = np.stack([np.asarray(draw(scene)) for scene in scenes[start : start + 100]])
         latents.append(vae.moments(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)[0])
     z = torch.cat(latents)
     scale = round(1 / z.std().item(), 5)
     torch.save({"latents": z * scale, "ids": ids, "scale": scale}, cache)
-    return z * scale, ids, scale
+    return z * scale, ids
+
+
+def frozen_text(folder: Path) -> CLIPTextModel:
+    """The run's text encoder as `training.captions` left it."""
+    text = CLIPTextModel(captions.config(len(captions.tokenizer(folder)))).eval().requires_grad_(False)
+    text.load_state_dict(torch.load(folder / "text.pt", weights_only=True)["model"])
+    return text
+
+
+def timesteps(count: int, random: torch.Generator) -> Tensor:
+    """Training timesteps [count] in 0..999."""
+    middle = torch.sigmoid(0.3 + torch.randn(count, generator=random))
+    even = torch.rand(count, generator=random)
+    chosen = torch.where(torch.rand(count, generator=random) < 0.5, middle, even)
+    return (chosen * TRAIN_STEPS).long().clamp_(max=TRAIN_STEPS - 1)
 
 
 def train(folder: Path, steps: int, batch: int) -> None:
-    vae = Autoencoder(VAE_CONFIG).eval()
-    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["model"])
-    latents, ids, _ = dataset(folder, vae)
-    ids = ids[:, :POSITIONS]
-    empty = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
-        "", padding="max_length", max_length=POSITIONS
-    ).input_ids
-    blank = torch.tensor(empty)
+    text = frozen_text(folder)
+    latents, ids = dataset(folder)
+    blank = captions.tokens(captions.tokenizer(folder), [""])
     torch.manual_seed(0)
-    model = Denoiser(int(ids.max()) + 1).to(memory_format=torch.channels_last)
+    model = UNet(UNET).to(memory_format=torch.channels_last)
     average = copy.deepcopy(model)
     optimizers = [
         Muon([p for n, p in model.named_parameters() if orthogonal(n, p)], MUON_RATE),
@@ -117,7 +102,7 @@ def train(folder: Path, steps: int, batch: int) -> None:
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
-        for optimizer, old in zip(optimizers, saved["optimizers"], strict=True):
+        for optimizer, old in zip(optimizers, saved.get("optimizers", ()), strict=False):
             optimizer.load_state_dict(old)
         first = saved["step"]
     signal = alpha_bar().sqrt()[:, None, None, None]
@@ -128,12 +113,14 @@ def train(folder: Path, steps: int, batch: int) -> None:
             optimizer.param_groups[0]["lr"] = peak * rate(step, steps)
         random = torch.Generator().manual_seed(step)
         pick = torch.randint(len(latents), (batch,), generator=random)
-        t = torch.randint(TRAIN_STEPS, (batch,), generator=random)
+        t = timesteps(batch, random)
         x0, noise = latents[pick], torch.randn(batch, *latents.shape[1:], generator=random)
         caption = torch.where(torch.rand(batch, 1, generator=random) < 0.1, blank, ids[pick])
+        with torch.no_grad():
+            context = text(input_ids=caption).last_hidden_state
         x = signal[t] * x0 + noise_share[t] * noise
         v = signal[t] * noise - noise_share[t] * x0
-        loss = F.mse_loss(model(x, t.float(), caption), v)
+        loss = F.mse_loss(model(x, t.float(), context), v)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,7 +144,7 @@ def train(folder: Path, steps: int, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

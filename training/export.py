@@ -19,13 +19,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from diffray.model.keys import packing
 from diffray.model.tokenizer import ClipTokenizer
 
 from .autoencoder import CONFIG as VAE
-from .denoiser import BETA_END, BETA_START, POSITIONS, TRAIN_STEPS, UNET, text_config
+from .captions import POSITIONS
+from .denoiser import BETA_END, BETA_START, TRAIN_STEPS, UNET, frozen_text
 from .scenes import SIDE
 
 TARGET = Path(__file__).parents[1] / "model" / "embedded"
@@ -64,8 +65,6 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
         norm_num_groups=VAE.norm_groups, scaling_factor=scale, force_upcast=False,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
-    text = CLIPTextModel(text_config(len(tokenizer)))
-    text.load_state_dict({k.removeprefix("text."): v for k, v in saved.items() if k.startswith("text.")})
     scheduler = DPMSolverMultistepScheduler(
         beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear", num_train_timesteps=TRAIN_STEPS,
         prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1,
@@ -74,8 +73,8 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
         vae=filled(
             vae, torch.load(decoder if decoder.exists() else folder / "vae.pt", weights_only=True)["model"]
         ),
-        unet=filled(unet, {k.removeprefix("unet."): v for k, v in saved.items() if k.startswith("unet.")}),
-        text_encoder=text.half(),
+        unet=filled(unet, saved),
+        text_encoder=frozen_text(folder).half(),
         tokenizer=tokenizer,
         scheduler=scheduler,
         safety_checker=None,
