@@ -11,12 +11,11 @@ when it joined.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from threading import Condition, RLock, Thread, current_thread
+from threading import Lock, RLock, Thread, current_thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError, InvalidRequest
 from .images import mask_tensor, rgb, to_image
 from .preparation import Prepared, decode, prepare, refinement, second_pass, table_for
+from .queue import Queue
 from .request import ImageRequest
 from .rows import Rows
 from .slots import Bucket, Slot, advance
@@ -74,19 +74,14 @@ class Engine:
         unet = torch.compile(model.unet, dynamic=False) if compile else model.unet
         most = 2 * self.batch_size
         self.network = Rows(unet, rows or (most if model.device.type != "cpu" else min(most, 4)))
-        # Any thread, under _wake: the unsettled tickets, of which the first part is waiting.
-        self._wake = Condition()
-        self._live: set[Ticket] = set()
-        self._waiting: deque[Ticket] = deque()
-        self._withdrawn: deque[Ticket] = deque()
-        self._closing = False
-        self._broken: BaseException | None = None
+        self._queue = Queue()
         # One thread at a time, under _stepping.
         self._stepping = RLock()
         self._ready: deque[tuple[Ticket, Prepared]] = deque()
         self._buckets: dict[tuple[int, ...], Bucket] = {}
         self._finished: deque[tuple[Ticket, Prepared, Tensor]] = deque()
         self._ticks = 0
+        self._starting = Lock()
         self._thread: Thread | None = None
 
     # ---- asking -------------------------------------------------------------------------------------------
@@ -99,7 +94,7 @@ class Engine:
             GenerationError: the engine is closed or broken.
         """
         ticket = self._checked(request)
-        self._enqueue([ticket])
+        self._queue.enter([ticket])
         return ticket
 
     def generate(self, requests: Iterable[ImageRequest]) -> list[Result]:
@@ -113,7 +108,7 @@ class Engine:
             GenerationError: an image failed; raised after all others were finished.
         """
         tickets = [self._checked(request) for request in requests]
-        self._enqueue(tickets)
+        self._queue.enter(tickets)
         try:
             for ticket in tickets:
                 while self._thread is None and not ticket.future.done():
@@ -141,25 +136,14 @@ class Engine:
         most = min(tower.layers - tower.layer for tower in model.config.text) - 1
         if resolved.clip_skip > most:
             raise InvalidRequest("clip_skip", f"got {resolved.clip_skip}, this model allows 0..{most}")
-        return Ticket(resolved, steps=steps, _model=model, _withdrawn=self._withdrawn)
-
-    def _enqueue(self, tickets: list[Ticket]) -> None:
-        with self._wake:
-            if self._broken is not None or self._closing:
-                raise GenerationError(f"engine: closed ({self._broken or 'close was called'})")
-            for ticket in tickets:
-                ticket._since = time.perf_counter()
-                ticket.future.add_done_callback(ticket._settled)
-            self._live.update(tickets)
-            self._waiting.extend(tickets)
-            self._wake.notify_all()
+        return Ticket(resolved, steps=steps, _model=model, _withdrawn=self._queue.withdrawn)
 
     # ---- running ------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
         """Step in a background thread until `close`."""
-        with self._wake:
-            if self._closing:
+        with self._starting:
+            if self._queue.closed:
                 raise GenerationError("engine: closed (close was called)")
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="diffray-engine", daemon=True)
@@ -168,9 +152,8 @@ class Engine:
 
     def close(self) -> None:
         """Finish what was submitted, then stop the background thread."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify_all()
+        with self._starting:
+            self._queue.close()
             thread = self._thread
         if thread is None:
             while self.step():
@@ -185,8 +168,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            with self._wake:
-                self._withdrawn.extend(self._live)
+            self._queue.withdraw_all()
         self.close()
 
     @property
@@ -197,7 +179,7 @@ class Engine:
     @property
     def failure(self) -> BaseException | None:
         """What stopped the engine for good: then no image's error is its own."""
-        return self._broken
+        return self._queue.failure
 
     def step(self) -> bool:
         """One tick: admit, denoise one bucket by one step, decode one image. False when nothing is left.
@@ -227,72 +209,42 @@ class Engine:
             self._decode(*self._finished.popleft())
 
     def _busy(self) -> bool:
-        return bool(self._waiting or self._ready or self._buckets or self._finished)
+        return bool(self._queue.waiting or self._ready or self._buckets or self._finished)
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._busy():
-                    if self._closing or self._broken is not None:
-                        return
-                    self._wake.wait()
+        while self._busy() or self._queue.wait():
             with suppress(GenerationError):  # every ticket was told
                 self.step()
 
     def _fail_all(self, error: BaseException) -> None:
         """The process may be poisoned (sticky CUDA error) or a step half done: nothing in flight can go on."""
-        with self._wake:
-            if isinstance(error, Exception):
-                self._broken = error
-            self._waiting.clear()
-            tickets = list(self._live)
         self._ready.clear()
         self._buckets.clear()
         self._finished.clear()
-        for ticket in tickets:
-            self._settle(ticket, GenerationError(f"engine stopped: {type(error).__name__}: {error}"))
-
-    def _settle(self, ticket: Ticket, outcome: Result | Exception) -> None:
-        """Every ticket ends here, once. A future that its holder cancelled stays cancelled."""
-        with self._wake:
-            if ticket not in self._live:
-                return
-            self._live.remove(ticket)
-        ticket._denoised = None  # a kept ticket must not keep the device's memory
-        if not ticket.future.set_running_or_notify_cancel():
-            return
-        if isinstance(outcome, Result):
-            ticket.future.set_result(outcome)
-        else:
-            ticket.future.set_exception(outcome)
+        self._queue.fail(error)
 
     def _attempt(self, ticket: Ticket, what: str, work: Callable[[], T]) -> T | None:
         """`work()`; None and a failed ticket if it raises for a reason that is this image's own."""
         try:
             return work()
         except DiffrayError as error:
-            self._settle(ticket, error)
+            self._queue.settle(ticket, error)
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            self._settle(ticket, _too_large(ticket.request, error))
+            self._queue.settle(ticket, _too_large(ticket.request, error))
         except Exception as error:  # a source image that cannot be decoded, say
             if "CUDA" in str(error):
                 raise
-            self._settle(ticket, GenerationError(f"{what}: {type(error).__name__}: {error}"))
+            self._queue.settle(ticket, GenerationError(f"{what}: {type(error).__name__}: {error}"))
         return None
 
     # ---- one tick -----------------------------------------------------------------------------------------
 
     def _drop_withdrawn(self) -> None:
         """Cancelled images leave, wherever they are."""
-        gone: set[Ticket] = set()
-        while self._withdrawn:
-            gone.add(self._withdrawn.popleft())
+        gone = self._queue.leavers()
         if not gone:
             return
-        with self._wake:
-            gone &= self._live
-            self._waiting = deque(ticket for ticket in self._waiting if ticket not in gone)
         self._ready = deque(entry for entry in self._ready if entry[0] not in gone)
         self._finished = deque(entry for entry in self._finished if entry[0] not in gone)
         for bucket in self._buckets.values():
@@ -300,7 +252,7 @@ class Engine:
                 bucket.remove(slot)
         self._forget_empty()
         for ticket in gone:
-            self._settle(ticket, Cancelled(f"cancelled after {ticket.step} of {ticket.steps} steps"))
+            self._queue.settle(ticket, Cancelled(f"cancelled after {ticket.step} of {ticket.steps} steps"))
 
     def _admit(self) -> None:
         """Prepare waiting images while slots are free; those whose bucket is full wait their turn.
@@ -312,9 +264,8 @@ class Engine:
             return
         for _ in range(len(self._ready)):
             self._place(*self._ready.popleft())
-        while self._waiting and len(self._ready) < self.batch_size and self._has_room():
-            with self._wake:
-                ticket = self._waiting.popleft()
+        while self._queue.waiting and len(self._ready) < self.batch_size and self._has_room():
+            ticket = self._queue.take()
             ticket._lap("queue")
             prepared = self._attempt(ticket, "prepare", lambda own=ticket: prepare(self.model, own.request))  # type: ignore[misc]
             ticket._lap("prepare")
@@ -358,7 +309,7 @@ class Engine:
             torch.cuda.empty_cache()
             for slot in list(bucket.slots):
                 bucket.remove(slot)
-                self._settle(slot.ticket, _too_large(slot.prepared.request, error))
+                self._queue.settle(slot.ticket, _too_large(slot.prepared.request, error))
         for slot in list(bucket.slots):
             slot.ticket.step = slot.ticket._first_pass + slot.steps_done
             slot.ticket._denoised = slot.denoised
@@ -376,7 +327,7 @@ class Engine:
         finite = bool(latents.isfinite().all())  # waits for the device
         ticket._lap("denoise")
         if not finite:
-            self._settle(ticket, GenerationError("denoised latents: got non-finite values"))
+            self._queue.settle(ticket, GenerationError("denoised latents: got non-finite values"))
         elif prepared.request.hires is not None:
             ticket._first_pass = prepared.table.steps
             again = self._attempt(ticket, "second pass", lambda: self._second(prepared, latents))
@@ -402,7 +353,7 @@ class Engine:
             with torch.inference_mode(False):  # an ordinary tensor for the caller
                 kept = latents.cpu().clone()
         ticket._lap("decode")
-        self._settle(ticket, Result(image, kept, request, dict(ticket.timings)))
+        self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings)))
 
 
 def default_batch_size(model: Model) -> int:

@@ -36,7 +36,7 @@ class OpenModel:
     @property
     def broken(self) -> BaseException | None:
         """What stopped the engine for good, if something did: then no image's error is its own."""
-        return self.engine._broken
+        return self.engine.failure
 
 
 class Models:

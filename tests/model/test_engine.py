@@ -611,14 +611,14 @@ def test_one_failure_is_raised_after_all_others_finished() -> None:
 
         engine.network.unet = broken
         done: list[float] = []
-        submit = engine._enqueue
+        submit = engine._queue.enter
 
         def watched(tickets: list[Ticket]) -> None:
             for ticket in tickets:
                 ticket.future.add_done_callback(lambda _: done.append(time.perf_counter()))
             submit(tickets)
 
-        engine._enqueue = watched  # type: ignore[method-assign]
+        engine._queue.enter = watched  # type: ignore[method-assign]
         with pytest.raises(GenerationError, match="non-finite"):
             engine.generate([ask(prompt="poison", steps=1), ask(steps=8), ask(steps=6)])
         assert len(done) == 3

@@ -90,7 +90,8 @@ class FakeEngine:
     rows = 2
 
     def __init__(self, log: str | None) -> None:
-        self._log, self._broken = log, None
+        self._log = log
+        self.failure: BaseException | None = None
         self._queue: queue.Queue[FakeTicket | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -112,7 +113,7 @@ class FakeEngine:
                 ticket.future.set_exception(error)
 
     def _make(self, request: ImageRequest) -> FakeResult:
-        if self._broken is not None:
+        if self.failure is not None:
             raise GenerationError("engine stopped")
         if self._log:
             with open(self._log, "a") as file:
@@ -124,7 +125,7 @@ class FakeEngine:
         if "KILL" in request.prompt:
             os._exit(9)
         if "BREAK" in request.prompt:
-            self._broken = RuntimeError("CUDA error: device-side assert")
+            self.failure = RuntimeError("CUDA error: device-side assert")
             raise GenerationError("engine stopped: CUDA error: device-side assert")
         rng = np.random.default_rng(request.seed)
         pixels = rng.integers(0, 255, (request.height, request.width, 3), dtype=np.uint8)
