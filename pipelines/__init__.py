@@ -10,6 +10,7 @@ Read `job.py` first.
 from .config import Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
 from .job import JobResult, run
 from .models import Models, OpenModel
+from .processor import Processor, ProcessorConfig, build_processor
 from .progress import for_this_terminal
 from .rows import request_from
 from .status import JobStatus, job_status
@@ -24,9 +25,12 @@ __all__ = [
     "ModelOptions",
     "Models",
     "OpenModel",
+    "Processor",
+    "ProcessorConfig",
     "ShardLimits",
     "Store",
     "Workers",
+    "build_processor",
     "for_this_terminal",
     "job_status",
     "request_from",

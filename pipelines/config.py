@@ -15,11 +15,13 @@ class InvalidJob(DiffrayError, ValueError):
     """A job config or an input table is wrong as a whole; nothing was started."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Values that never change and have no unknown names."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelOptions(_Strict):
+class ModelOptions(Strict):
     """Which model makes the images, and how it runs. All of it belongs to the job's fingerprint."""
 
     source: str = "embedded"
@@ -32,7 +34,7 @@ class ModelOptions(_Strict):
     """Further keyword arguments of `load_model`."""
 
 
-class Encoding(_Strict):
+class Encoding(Strict):
     """How an image becomes bytes, and where the bytes go."""
 
     format: Literal["png", "jpeg", "webp"] = "png"
@@ -42,7 +44,7 @@ class Encoding(_Strict):
     """Bytes inside the Parquet column `image`, or one file per image beside a metadata table."""
 
 
-class ShardLimits(_Strict):
+class ShardLimits(Strict):
     """When a shard is full: whichever limit is reached first. A shard is what a crash can cost."""
 
     images: int = Field(default=100, ge=1, le=100_000)
@@ -50,7 +52,7 @@ class ShardLimits(_Strict):
     """Sum of width x height x steps. The default is about 60 SDXL images at 30 steps."""
 
 
-class Workers(_Strict):
+class Workers(Strict):
     """How the work is spread. Changes nothing in the output, so it may differ between resumptions."""
 
     actors: int | None = Field(default=None, ge=1)
@@ -67,7 +69,7 @@ class Workers(_Strict):
     """Ray cluster to connect to; None starts Ray on this machine unless it is already up."""
 
 
-class JobConfig(_Strict):
+class JobConfig(Strict):
     """One batch job.
 
     `defaults` are request fields for rows that do not say; `seed` is mixed with each image's id where the

@@ -1,0 +1,170 @@
+"""Generation as a stage of anybody's Ray Data job: Dataset in, Dataset out, in the style of `ray.data.llm`.
+
+    processor = build_processor(ProcessorConfig(defaults={"steps": 20}), preprocess=lambda row: {"prompt": row["text"]})
+    processor(ray.data.read_parquet("s3://bucket/prompts")).write_parquet("s3://bucket/images")
+
+For jobs that must be exact under crashes use `diffray.pipelines.run`: this stage leaves commits to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from diffray.model.errors import DiffrayError
+
+from .config import Encoding, ModelOptions, Strict
+from .models import Models
+from .rows import REQUEST_COLUMNS, content_hash, derived_seed, request_from
+from .source import SourceRow
+from .worker import encoded
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+ERROR = "__inference_error__"
+Row = dict[str, Any]
+
+
+class ProcessorConfig(Strict):
+    """How rows become images."""
+
+    model: ModelOptions = ModelOptions()
+    defaults: dict[str, Any] = Field(default={})
+    """Request fields for rows that do not say."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Mixed with a row's `id`, or with its content where it has none, for rows without a `seed`."""
+    encoding: Encoding = Encoding()
+    batch_size: int = Field(default=32, ge=1)
+    """Rows of one block that an actor works on together."""
+    concurrency: int | tuple[int, int] = 1
+    """Number of actors, or the least and the most."""
+    gpus: float = Field(default=0.0, ge=0)
+    cpus: float = Field(default=1.0, gt=0)
+    """What each actor takes."""
+    accelerator_type: str | None = None
+    """Only nodes with this accelerator, by Ray's name for it."""
+    should_continue_on_error: bool = False
+    """Put a row's error into the column `__inference_error__` (empty where all is well) instead of failing."""
+
+
+class Processor:
+    """Call it with a Dataset. Every row comes back with the columns `image` (bytes and path), `sha256`, all request
+    parameters and `__inference_error__`."""
+
+    def __init__(
+        self,
+        config: ProcessorConfig,
+        preprocess: Callable[[Row], Row] | None,
+        postprocess: Callable[[Row], Row] | None,
+        models: Models,
+    ) -> None:
+        self._config, self._models = config, models
+        self._preprocess, self._postprocess = preprocess, postprocess
+
+    def __call__(self, dataset: Dataset) -> Dataset:
+        from ray.data import ActorPoolStrategy
+
+        config = self._config
+        where: dict[str, Any] = {}
+        if config.accelerator_type:
+            where["accelerator_type"] = config.accelerator_type
+        least, most = (config.concurrency,) * 2 if isinstance(config.concurrency, int) else config.concurrency
+        if self._preprocess is not None:
+            dataset = dataset.map(self._preprocess)
+        dataset = dataset.map_batches(
+            Generator,
+            fn_constructor_args=(config, self._models),
+            batch_size=config.batch_size,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=least, max_size=most),
+            num_cpus=None if config.gpus else config.cpus,
+            num_gpus=config.gpus or None,
+            **where,
+        )
+        return dataset if self._postprocess is None else dataset.map(_unless_failed(self._postprocess))
+
+
+def build_processor(
+    config: ProcessorConfig,
+    preprocess: Callable[[Row], Row] | None = None,
+    postprocess: Callable[[Row], Row] | None = None,
+    *,
+    models: Models | None = None,
+) -> Processor:
+    """A generation stage for Ray Datasets.
+
+    Args:
+        config: model, defaults and resources.
+        preprocess: makes a row with request fields (`prompt`, `steps`, ...) of a row; other columns are carried.
+        postprocess: maps every row that has an image; failed rows pass by it unchanged.
+        models: opens the model; another one lets a stage run on an engine of one's own.
+    """
+    return Processor(config, preprocess, postprocess, models or Models())
+
+
+class Generator:
+    """The class that Ray Data runs in an actor: one engine, all rows of a batch in flight at once."""
+
+    def __init__(self, config: ProcessorConfig, models: Models) -> None:
+        self._config = config
+        self._model = models.open(config.model)
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        rows = batch.to_pylist()
+        made = await asyncio.gather(*(self._one(row) for row in rows))
+        carried = [name for name in batch.column_names if name not in SCHEMA.names]
+        table = pa.Table.from_pylist(made, SCHEMA)
+        for name in carried:
+            table = table.append_column(batch.schema.field(name), batch.column(name))
+        yield table
+
+    async def _one(self, row: Row) -> Row:
+        given = {name: row[name] for name in REQUEST_COLUMNS if row.get(name) is not None}
+        try:
+            request = request_from({**self._config.defaults, **given, "seed": self._seed(row, given)})
+            result = await asyncio.wrap_future(self._model.engine.submit(request).future)
+            if result.image is None:
+                raise DiffrayError("output: got 'latents', this stage makes images")
+            data = await asyncio.to_thread(encoded, result.image, result.request, self._config.encoding)
+        except (DiffrayError, OSError, ValueError) as error:
+            if not self._config.should_continue_on_error or self._model.broken is not None:
+                raise
+            prompt = row.get("prompt")
+            return {
+                "prompt": prompt if isinstance(prompt, str) else None,
+                ERROR: f"{type(error).__name__}: {error}",
+            }
+        parameters = {name: getattr(result.request, name) for name in REQUEST_COLUMNS}
+        image = {"bytes": data, "path": None}
+        return {**parameters, "image": image, "sha256": hashlib.sha256(data).hexdigest(), ERROR: ""}
+
+    def _seed(self, row: Row, given: Row) -> Any:
+        for values in (given, self._config.defaults):
+            if values.get("seed") is not None:
+                return values["seed"]
+        name = row.get("id")
+        own = f"{content_hash(SourceRow('', 0, given)):016x}" if name is None else str(name)
+        return derived_seed(self._config.seed, own)
+
+
+SCHEMA = pa.schema(
+    [
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("sha256", pa.string()),
+        *REQUEST_COLUMNS.items(),
+        (ERROR, pa.string()),
+    ]
+)
+
+
+def _unless_failed(postprocess: Callable[[Row], Row]) -> Callable[[Row], Row]:
+    def mapped(row: Row) -> Row:
+        return row if row[ERROR] else postprocess(row)
+
+    return mapped
