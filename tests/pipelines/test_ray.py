@@ -80,7 +80,6 @@ def test_a_worker_is_killed(place: Place) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.xfail(strict=False, reason="passed once in 826 s on a loaded machine; unproven on a quiet one")
 def test_a_row_that_kills_its_worker_is_rejected(place: Place) -> None:
     good = "prompt\np\nq\nr\n"
     place.job(place.write(good, "good.csv"), "good")
