@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from diffray.model.vae import Autoencoder
 
 from . import captions
-from .autoencoder import CONFIG, rate
+from .autoencoder import CONFIG, rate, weights
 from .muon import Muon, orthogonal
 from .scenes import draw
 
@@ -42,7 +41,7 @@ def train(folder: Path, steps: int) -> None:
     if state.exists():
         kept = torch.load(state, weights_only=True)
         model.load_state_dict(kept["model"])
-        for optimizer, old in zip(optimizers, kept["optimizers"], strict=True):
+        for optimizer, old in zip(optimizers, kept.get("optimizers", ()), strict=False):
             optimizer.load_state_dict(old)
         first = kept["step"]
     started, running = time.time(), 0.0
@@ -55,8 +54,9 @@ def train(folder: Path, steps: int) -> None:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
         z = latents[pick] + NOISE * torch.randn(latents[pick].shape, generator=random)
         y = model.decode(z / scale)
-        mse = F.mse_loss(y, x)
-        loss = F.l1_loss(y, x) + mse
+        error = y - x
+        mse = error.square().mean()
+        loss = (weights(x) * (error.abs() + error.square())).mean()
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
