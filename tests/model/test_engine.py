@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -158,6 +159,17 @@ def test_a_slot_keeps_nothing_of_its_last_image() -> None:
     engine = make(batch_size=1)
     results = engine.generate([MIXED[1], MIXED[3], MIXED[1], MIXED[2], MIXED[0]])
     assert [content(result) for result in results] == [alone(index) for index in (1, 3, 1, 2, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_network_draws_the_same_images() -> None:
+    requests = [ask(seed=1), ask(seed=2, steps=2)]
+    plain = make().generate(requests)
+    compiled = Engine(oracle.model("sd1"), batch_size=BATCH, rows=ROWS, compile=True).generate(requests)
+    for a, b in zip(plain, compiled, strict=True):
+        difference = np.asarray(a.image, dtype=int) - np.asarray(b.image, dtype=int)
+        assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, slow(1), slow(16)])
