@@ -50,7 +50,6 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
     """The averaged weights of a run as a diffusers pipeline in half precision."""
     saved = torch.load(folder / "denoiser.pt", weights_only=True)["average"]
     scale = torch.load(folder / "dataset.pt", weights_only=True, mmap=True)["scale"]
-    decoder = folder / "decoder.pt"
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=POSITIONS)
     levels = len(UNET.channels)
     unet = UNet2DConditionModel(
@@ -70,9 +69,7 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
         prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=filled(
-            vae, torch.load(decoder if decoder.exists() else folder / "vae.pt", weights_only=True)["model"]
-        ),
+        vae=filled(vae, torch.load(folder / "vae.pt", weights_only=True)["model"]),
         unet=filled(unet, saved),
         text_encoder=frozen_text(folder).half(),
         tokenizer=tokenizer,
@@ -91,7 +88,7 @@ def main() -> None:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(options.target / part, ignore_errors=True)
     pipeline(options.folder).save_pretrained(options.target, safe_serialization=True)
-    (options.target / "diffray.json").write_text(json.dumps({"steps": 20, "guidance_scale": 4.0}) + "\n")
+    (options.target / "diffray.json").write_text(json.dumps({"steps": 20, "guidance_scale": 3.0}) + "\n")
     files = ClipTokenizer.from_folder(options.target / "tokenizer").files()
     for name in ("vocab.json", "merges.txt"):  # the form that older tools read
         (options.target / "tokenizer" / name).write_text(files[name])

@@ -19,11 +19,10 @@ from .export import TARGET
 
 
 def restore(folder: Path, source: Path) -> None:
-    """Write `vae.pt`, `decoder.pt`, `denoiser.pt` (at step 0) and `tokenizer/`."""
+    """Write `vae.pt`, `denoiser.pt` (both at step 0) and `tokenizer/`."""
     model = load_model(str(source), device="cpu", dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("vae.pt", "decoder.pt"):
-        torch.save({"model": model.vae.state_dict(), "step": 0}, folder / name)
+    torch.save({"model": model.vae.state_dict(), "step": 0}, folder / "vae.pt")
     weights = model.unet.state_dict()
     torch.save({"model": weights, "average": weights, "step": 0}, folder / "denoiser.pt")
     shutil.copytree(source / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
