@@ -23,7 +23,7 @@ from diffray.model.errors import DiffrayError, JobError
 from .config import JobConfig
 from .models import Models
 from .store import Store
-from .worker import Task, Worker, WorkerBroken
+from .worker import Share, Task, Worker, WorkerBroken
 
 CORES_PER_ENGINE = 8
 """On CPU one engine gains little from more cores than this."""
@@ -70,7 +70,7 @@ class ShardActor:
 
 
 def generate_on_ray(
-    config: JobConfig, run: int, store: Store, models: Models, shards: Sequence[int]
+    config: JobConfig, run: int, store: Store, models: Models, shares: Sequence[Share]
 ) -> Iterator[tuple[int, int]]:
     """Make shards on the cluster; yields (images, rejected) of each as it is committed.
 
@@ -83,6 +83,7 @@ def generate_on_ray(
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
 
+    [(model, shards)] = [(share.model, share.shards) for share in shares]
     with _Cluster(config):
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         pool = _pool(config, resources, len(shards))
@@ -95,7 +96,7 @@ def generate_on_ray(
         source = ray.data.from_items([{"shard": n} for n in shards], override_num_blocks=len(shards))
         dataset = source.map_batches(
             ShardActor,
-            fn_constructor_args=(Task(config, run), store, models, threads),
+            fn_constructor_args=(Task(config, run, model), store, models, threads),
             batch_size=1,
             batch_format="numpy",
             compute=ActorPoolStrategy(

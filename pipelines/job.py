@@ -27,9 +27,10 @@ from .progress import Progress, Silent
 from .report import SUCCESS, finish
 from .source import Source
 from .store import Store
+from .worker import Share
 
-Generate = Callable[[JobConfig, int, Store, Models, Sequence[int]], Iterator[tuple[int, int]]]
-"""Makes shards and yields (images, rejected) of each: `generate_on_ray`, or anything else that can."""
+Generate = Callable[[JobConfig, int, Store, Models, Sequence[Share]], Iterator[tuple[int, int]]]
+"""Makes the shards of each model and yields (images, rejected) of each one, as `generate_on_ray` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def _generate(
     before = read_commits(store, sorted(set(range(plan.shards)) - set(pending)))
     progress.start(plan.images, sum(c.planned for c in before), sum(c.rejected for c in before))
     try:
-        for images, rejected in generate(config, lock.run, store, models, pending):
+        for images, rejected in generate(config, lock.run, store, models, [Share(config.model, pending)]):
             progress.advance(images, rejected)
     finally:
         progress.stop()

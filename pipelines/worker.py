@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from diffray.model.request import ImageRequest
 
 from .attempts import Attempts
 from .commit import Commit, Made, Outcome, Output, Rejected, commit_path, read_commit, write_commit
-from .config import Encoding, JobConfig
+from .config import Encoding, JobConfig, ModelOptions
 from .models import Models
 from .plan import read_shard
 from .rows import PlannedImage
@@ -46,6 +46,16 @@ class Task:
     config: JobConfig
     run: int
     """Number of this run of the job, from its lock."""
+    model: ModelOptions
+    """The model of this worker's pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Shards that need the same model: the work of one pool."""
+
+    model: ModelOptions
+    shards: Sequence[int]
 
 
 class Worker:
@@ -57,7 +67,7 @@ class Worker:
 
     def __init__(self, task: Task, store: Store, models: Models) -> None:
         self._config, self._run, self._store = task.config, task.run, store
-        self._model = models.open(task.config.model)
+        self._model = models.open(task.model)
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._turns = _Turns()
         encoding = task.config.encoding

@@ -40,12 +40,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     from diffray.pipelines.worker import Task, Worker
 
-    def in_process(config: JobConfig, number: int, store: Any, models: Any, shards: Any) -> Any:
-        worker = Worker(Task(config, number), store, models)
-        for shard in shards:
-            commit = asyncio.run(worker.make(shard))
-            yield commit.images, commit.rejected
-        worker.close()
+    def in_process(config: JobConfig, number: int, store: Any, models: Any, shares: Any) -> Any:
+        for share in shares:
+            worker = Worker(Task(config, number, share.model), store, models)
+            for shard in share.shards:
+                commit = asyncio.run(worker.make(shard))
+                yield commit.images, commit.rejected
+            worker.close()
 
     module = _neighbour("fake")
     monkeypatch.setattr(job_module, "Models", module.FakeModels)

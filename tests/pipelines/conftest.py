@@ -13,7 +13,7 @@ import pytest
 
 from diffray.pipelines import JobConfig, JobResult, Store, run
 from diffray.pipelines.models import Models
-from diffray.pipelines.worker import Task, Worker, WorkerBroken
+from diffray.pipelines.worker import Share, Task, Worker, WorkerBroken
 
 from . import fake
 
@@ -23,28 +23,29 @@ os.environ.setdefault(
 
 
 def in_process(
-    config: JobConfig, number: int, store: Store, models: Models, shards: Sequence[int]
+    config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
 ) -> Iterator[tuple[int, int]]:
-    """All shards in flight at once on one worker in this process."""
+    """One worker per model in this process, all of its shards in flight at once."""
 
-    async def every() -> list[tuple[int, int]]:
+    async def every(worker: Worker, shards: Sequence[int]) -> list[tuple[int, int]]:
         commits = await asyncio.gather(*(worker.make(shard) for shard in shards))
         return [(commit.images, commit.rejected) for commit in commits]
 
-    worker = Worker(Task(config, number), store, models)
-    try:
-        yield from asyncio.run(every())
-    finally:
-        worker.close()
+    for share in shares:
+        worker = Worker(Task(config, number, share.model), store, models)
+        try:
+            yield from asyncio.run(every(worker, share.shards))
+        finally:
+            worker.close()
 
 
 def restarting(
-    config: JobConfig, number: int, store: Store, models: Models, shards: Sequence[int]
+    config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
 ) -> Iterator[tuple[int, int]]:
     """As Ray does it: a broken worker is replaced, and all of its shards are sent again."""
     while True:
         try:
-            return iter(list(in_process(config, number, store, models, shards)))
+            return iter(list(in_process(config, number, store, models, shares)))
         except WorkerBroken:
             continue
 

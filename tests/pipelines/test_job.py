@@ -18,6 +18,7 @@ from diffray.pipelines import JobConfig, Store, job_status
 from diffray.pipelines.commit import Rejected, write_commit
 from diffray.pipelines.models import Models
 from diffray.pipelines.plan import read_shard
+from diffray.pipelines.worker import Share
 
 from .conftest import Place, in_process, restarting
 
@@ -63,11 +64,12 @@ for _name in ("read", "exists", "list", "write", "put_if_absent", "remove"):
 
 
 def in_turn(
-    config: JobConfig, number: int, store: Store, models: Models, shards: Sequence[int]
+    config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
 ) -> Iterator[tuple[int, int]]:
     """One shard after the other, so that the n-th store call is always the same one."""
-    for shard in shards:
-        yield from in_process(config, number, store, models, [shard])
+    for share in shares:
+        for shard in share.shards:
+            yield from in_process(config, number, store, models, [Share(share.model, [shard])])
 
 
 def test_a_finished_job_has_nothing_to_do(place: Place) -> None:
@@ -162,12 +164,12 @@ def test_a_second_driver_is_told_who_owns_the_output(place: Place) -> None:
     seen = []
 
     def meanwhile(
-        config: JobConfig, number: int, store: Store, models: Models, shards: Sequence[int]
+        config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
     ) -> Iterator[tuple[int, int]]:
         with pytest.raises(JobConflict, match=f"process {os.getpid()} on {socket.gethostname()}"):
             place.job(table)
         seen.append(job_status(config.output).phase)
-        yield from in_process(config, number, store, models, shards)
+        yield from in_process(config, number, store, models, shares)
 
     place.run(place.config(table), generate=meanwhile)
     assert seen == ["running"]
