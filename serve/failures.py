@@ -1,0 +1,56 @@
+"""Every exception becomes one `Refusal`, and every refusal is written by the dialect it is for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from types import ModuleType
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from diffray.model import GenerationError, InvalidRequest
+
+from .refusal import Refusal
+
+log = logging.getLogger("diffray.serve")
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a client may know of an error."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, InvalidRequest):
+        return Refusal(422, "invalid_value", str(error), field=error.field)
+    if isinstance(error, RequestValidationError):
+        return _invalid_body(error)
+    if isinstance(error, HTTPException):
+        code = CODES.get(error.status_code, "bad_request")
+        return Refusal(error.status_code, code, str(error.detail))
+    if isinstance(error, GenerationError):
+        return Refusal(500, "generation_failed", "the image could not be made; another seed may work")
+    log.error("request failed", exc_info=error)
+    return Refusal(500, "internal", "the service failed; this is not the request's fault")
+
+
+def _invalid_body(error: RequestValidationError) -> Refusal:
+    first: dict[str, Any] = dict(error.errors()[0])
+    if first["type"] == "json_invalid":
+        return Refusal(400, "invalid_json", "the body is not valid JSON")
+    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
+    return Refusal(422, "invalid_value", f"{field or 'body'}: {first['msg']}", field=field or None)
+
+
+def answer(http: Request, refusal: Refusal, dialect: ModuleType) -> JSONResponse:
+    """The response that says it, with the headers that clients act on."""
+    request_id = http.scope.get("state", {}).get("request_id", "")
+    headers: dict[str, str] = {}
+    if refusal.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(dialect.refused(refusal, request_id), refusal.status, headers)

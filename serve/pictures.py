@@ -1,0 +1,58 @@
+"""Pictures that clients send: the only place where their bytes are decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+
+from PIL import Image, ImageOps
+
+from diffray.model import InvalidRequest
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w=.+-]+)*;base64,", re.ASCII)
+URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+def picture(data: bytes, field: str, *, pixels: int) -> Image.Image:
+    """The first frame of PNG, JPEG or WebP bytes, upright, loaded, without metadata.
+
+    Args:
+        field: the name by which the client knows it, for errors.
+        pixels: width x height at most; checked before anything is decoded.
+
+    Raises:
+        InvalidRequest: not such a picture, broken or too large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > pixels:
+            raise InvalidRequest(field, f"got {image.width}x{image.height}, allowed are {pixels} pixels")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except InvalidRequest:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+        raise InvalidRequest(field, "got no readable picture, allowed are PNG, JPEG and WebP") from error
+    if upright.mode not in ("RGB", "RGBA", "L", "LA", "I;16", "I"):
+        upright = upright.convert("RGBA" if "transparency" in upright.info or "A" in upright.mode else "RGB")
+    upright.info.clear()
+    return upright
+
+
+def picture_text(text: str, field: str, *, pixels: int) -> Image.Image:
+    """The picture in base64 text, with or without a `data:` prefix. No other URL is ever followed.
+
+    Raises:
+        InvalidRequest: as `picture`, or the text is no base64.
+    """
+    prefix = DATA_URI.match(text)
+    if prefix is None and URL.match(text[:40]):
+        raise InvalidRequest(field, "got a URL, allowed is base64 or a data: URI")
+    try:
+        data = base64.b64decode("".join(text[prefix.end() if prefix else 0 :].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest(field, "got no base64") from error
+    return picture(data, field, pixels=pixels)
