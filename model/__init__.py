@@ -21,7 +21,7 @@ from .errors import (
 )
 from .inspection import Inspection, inspect_source
 from .load import Model, load_model, model_config
-from .request import HiresFix, ImageRequest
+from .request import ImageRequest
 from .tickets import Result, Ticket
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "DiffrayError",
     "Engine",
     "GenerationError",
-    "HiresFix",
     "ImageRequest",
     "Inspection",
     "InvalidRequest",

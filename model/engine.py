@@ -130,7 +130,7 @@ class Engine:
             try:
                 steps += table_for(model, second).steps
             except InvalidRequest as error:
-                raise InvalidRequest(f"hires.{error.field}", error.reason) from error
+                raise InvalidRequest(f"hires_{error.field}", error.reason) from error
         model.text.tokenize(resolved.prompt)
         model.text.tokenize(resolved.negative_prompt or "", "negative_prompt")
         most = min(tower.layers - tower.layer for tower in model.config.text) - 1
@@ -328,7 +328,7 @@ class Engine:
         ticket._lap("denoise")
         if not finite:
             self._queue.settle(ticket, GenerationError("denoised latents: got non-finite values"))
-        elif prepared.request.hires is not None:
+        elif prepared.request.hires_scale is not None:
             ticket._first_pass = prepared.table.steps
             again = self._attempt(ticket, "second pass", lambda: self._second(prepared, latents))
             ticket._lap("prepare")

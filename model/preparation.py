@@ -114,21 +114,20 @@ def refinement(first: ImageRequest, config: ModelConfig) -> ImageRequest | None:
     Raises:
         InvalidRequest: it is too large.
     """
-    hires = first.hires
-    if hires is None:
+    if first.hires_scale is None:
         return None
     factor = config.vae.factor
-    width, height = (max(round(side * hires.scale / factor), 1) * factor for side in _size(first))
+    width, height = (max(round(side * first.hires_scale / factor), 1) * factor for side in _size(first))
     if max(width, height) > MAX_SIDE:
-        raise InvalidRequest("hires", f"got {width}x{height}, allowed is up to {MAX_SIDE}")
+        raise InvalidRequest("hires_scale", f"got {width}x{height}, allowed is up to {MAX_SIDE}")
     return replace(
         first,
         width=width,
         height=height,
-        steps=hires.steps or first.steps,
-        sigmas=None if hires.steps else first.sigmas,
-        strength=hires.strength,
-        hires=None,
+        steps=first.hires_steps or first.steps,
+        sigmas=None if first.hires_steps else first.sigmas,
+        strength=first.hires_strength,
+        hires_scale=None,
         init_image=None,
         init_latents=None,
         mask=None,
@@ -143,12 +142,11 @@ def second_pass(model: Model, first: ImageRequest, latents: Tensor) -> ImageRequ
     """The refining request of a hires fix, from the first pass' finished latents [C, h, w]."""
     second = refinement(first, model.config)
     assert second is not None
-    assert first.hires is not None
     width, height = _size(second)
-    if first.hires.upscale == "lanczos":
+    if first.hires_upscale == "lanczos":
         picture = to_image(decode(model, latents))
         return replace(second, init_image=picture.resize((width, height), Image.Resampling.LANCZOS))
-    mode = "nearest-exact" if first.hires.upscale == "latent-nearest" else "bilinear"
+    mode = "nearest-exact" if first.hires_upscale == "latent-nearest" else "bilinear"
     size = (height // model.config.vae.factor, width // model.config.vae.factor)
     return replace(second, init_latents=F.interpolate(latents[None], size=size, mode=mode)[0])
 

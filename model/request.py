@@ -23,32 +23,9 @@ MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_SIDE = 8192
 MAX_PROMPT = 20_000
+UPSCALES = ("latent", "latent-nearest", "lanczos")
 ORIENTATION = 0x0112
 """The EXIF tag; from 5 to 8 it swaps the sides."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HiresFix:
-    """Second pass at a higher resolution: generate, upscale, refine.
-
-    Attributes:
-        scale: output side over first-pass side, in (1, 8].
-        strength: how much of the second pass is redone, in (0, 1].
-        steps: steps of the second pass before strength is applied; None takes the request's.
-        upscale: "latent" (bilinear on latents), "latent-nearest", or "lanczos" (decode, resize, encode).
-    """
-
-    scale: float = 2.0
-    strength: float = 0.7
-    steps: int | None = None
-    upscale: str = "latent"
-
-    def __post_init__(self) -> None:
-        _between("hires.scale", self.scale, 1.0, 8.0, open_low=True)
-        _between("hires.strength", self.strength, 0.0, 1.0, open_low=True)
-        if self.steps is not None:
-            _integer("hires.steps", self.steps, 1, MAX_STEPS)
-        _one_of("hires.upscale", self.upscale, ("latent", "latent-nearest", "lanczos"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +57,12 @@ class ImageRequest:
         init_latents: latents of an earlier stage in UNet scale, [C, h, w] float32 (refiner hand-over); the
             one field that equality does not see.
         output: "image" or "latents".
-        hires: a second pass, or None.
+        hires_scale: hires fix: a second pass at this many times the size, above 1 and up to 8; None is without.
+        hires_strength: how much the second pass redoes, in (0, 1].
+        hires_steps: steps of the second pass before its strength is applied; None takes `steps`.
+        hires_upscale: "latent" (bilinear on latents), "latent-nearest", or "lanczos" (decode, resize, encode).
+
+    The other three have no effect without `hires_scale`.
     """
 
     prompt: str = ""
@@ -114,7 +96,10 @@ class ImageRequest:
     denoising_end: float | None = None
     init_latents: Any = field(default=None, compare=False)
     output: str = "image"
-    hires: HiresFix | None = None
+    hires_scale: float | None = None
+    hires_strength: float = 0.7
+    hires_steps: int | None = None
+    hires_upscale: str = "latent"
 
     def __post_init__(self) -> None:
         _text("prompt", self.prompt)
@@ -163,12 +148,16 @@ class ImageRequest:
                 )
         if not isinstance(self.paste_back, bool):
             raise InvalidRequest("paste_back", f"got {self.paste_back!r}, allowed is true or false")
-        if not isinstance(self.hires, HiresFix | None):
-            raise InvalidRequest("hires", f"got {type(self.hires).__name__}, allowed is HiresFix")
+        if self.hires_scale is not None:
+            _between("hires_scale", self.hires_scale, 1.0, 8.0, open_low=True)
+        _between("hires_strength", self.hires_strength, 0.0, 1.0, open_low=True)
+        if self.hires_steps is not None:
+            _integer("hires_steps", self.hires_steps, 1, MAX_STEPS)
+        _one_of("hires_upscale", self.hires_upscale, UPSCALES)
         if self.mask is not None and self.init_image is None:
             raise InvalidRequest("mask", "a mask needs an init_image")
-        if self.hires is not None and self.output == "latents":
-            raise InvalidRequest("hires", "not allowed with output='latents'")
+        if self.hires_scale is not None and self.output == "latents":
+            raise InvalidRequest("hires_scale", "not allowed with output='latents'")
 
     def resolved(self, config: ModelConfig) -> ImageRequest:
         """This request with every open field filled from `config` and checked against it.
@@ -230,8 +219,8 @@ class ImageRequest:
                 raise InvalidRequest(wanted, f"got nothing, {config.task} models need one")
         if self.mask is not None and config.task not in ("text", "inpaint"):
             raise InvalidRequest("mask", f"{config.task} models take none")
-        if self.hires is not None and config.task != "text":
-            raise InvalidRequest("hires", f"{config.task} models have no second pass")
+        if self.hires_scale is not None and config.task != "text":
+            raise InvalidRequest("hires_scale", f"{config.task} models have no second pass")
         if self.strength is not None and self.init_image is None and self.init_latents is None:
             raise InvalidRequest("strength", f"got {self.strength} without an init_image")
         if self.depth is not None and config.task != "depth":
@@ -241,7 +230,7 @@ class ImageRequest:
 
     def parameters(self) -> dict[str, Any]:
         """The fields that are plain values, in declaration order: what goes into a dataset's columns."""
-        images = ("init_image", "mask", "depth", "init_latents", "hires")
+        images = ("init_image", "mask", "depth", "init_latents")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in images}
 
 

@@ -21,7 +21,6 @@ from diffray.model import (
     Cancelled,
     Engine,
     GenerationError,
-    HiresFix,
     ImageRequest,
     InvalidRequest,
     Result,
@@ -89,8 +88,8 @@ MIXED: list[ImageRequest] = [
 OTHERS: list[ImageRequest] = [
     ask(width=40, height=24, output="latents", sampler="dpmpp_2m_sde", seed=8),
     ask(width=24, height=40, output="latents", sampler="euler", seed=9),
-    ask(hires=HiresFix(scale=1.5, strength=0.5, steps=4), seed=10),
-    ask(hires=HiresFix(scale=1.5, strength=0.5, upscale="lanczos"), seed=11),
+    ask(hires_scale=1.5, hires_strength=0.5, hires_steps=4, seed=10),
+    ask(hires_scale=1.5, hires_strength=0.5, hires_upscale="lanczos", seed=11),
     ask(init_image=source_image(), mask=mask_image(), paste_back=True, strength=0.6, seed=12),
 ]
 """Other shapes, second passes, pictures."""
@@ -252,7 +251,7 @@ def test_threads_generate_in_one_engine_that_nobody_started() -> None:
         ask(sampler="heun"),
         ask(sampler="pndm", schedule="leading"),
         ask(init_image=source_image(), strength=0.4, steps=5),
-        ask(hires=HiresFix(scale=1.5, strength=0.5, steps=4)),
+        ask(hires_scale=1.5, hires_strength=0.5, hires_steps=4),
         ask(sampler="dpm2_ancestral", steps=1),
     ],
 )
@@ -347,7 +346,7 @@ def test_previews() -> None:
 def test_timings_add_up() -> None:
     began = time.perf_counter()
     with make(batch_size=1) as engine:
-        tickets = [engine.submit(ask(seed=seed, hires=HiresFix(scale=1.5, steps=2))) for seed in range(3)]
+        tickets = [engine.submit(ask(seed=seed, hires_scale=1.5, hires_steps=2)) for seed in range(3)]
         for ticket in tickets:
             timings = ticket.future.result(WAIT).timings
             spent = time.perf_counter() - began
@@ -404,8 +403,8 @@ def test_equal_prompts_are_encoded_once() -> None:
         (ask(depth=source_image()), "depth"),
         (ask(init_latents=torch.zeros(1, 4, 4, 4)), "init_latents"),
         (ask(init_latents=torch.zeros(16, 4, 4)), "init_latents"),
-        (ask(hires=HiresFix(strength=0.1)), "hires.strength"),
-        (ask(width=2048, height=2048, hires=HiresFix(scale=8)), "hires"),
+        (ask(hires_scale=2.0, hires_strength=0.1), "hires_strength"),
+        (ask(width=2048, height=2048, hires_scale=8), "hires_scale"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(bad: ImageRequest, field: str) -> None:
@@ -426,7 +425,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(bad: ImageRequest, fi
         ("depth", ask(), "init_image"),
         ("sd1-inpaint", ask(init_image=source_image()), "mask"),
         ("pix2pix", ask(init_image=source_image(), mask=mask_image()), "mask"),
-        ("pix2pix", ask(init_image=source_image(), hires=HiresFix()), "hires"),
+        ("pix2pix", ask(init_image=source_image(), hires_scale=2.0), "hires_scale"),
         ("upscaler", ask(), "init_image"),
     ],
 )

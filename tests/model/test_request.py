@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffray.model import HiresFix, ImageRequest, InvalidRequest
+from diffray.model import ImageRequest, InvalidRequest
 from diffray.model.config import ModelConfig
 from diffray.model.request import MAX_PROMPT, MAX_SEED, MAX_SIDE
 from tests.model import oracle
@@ -25,6 +25,7 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "seed": (0, MAX_SEED),
     "noise_level": (0, 350),
     "clip_skip": (0, 11),
+    "hires_steps": (1, 1000),
 }
 NUMBERS: dict[str, tuple[float, float]] = {
     "guidance_scale": (0.0, 100.0),
@@ -36,10 +37,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "negative_aesthetic_score": (0.0, 10.0),
     "denoising_start": (0.0, 1.0),
     "denoising_end": (0.0, 1.0),
-}
-HIRES: dict[str, tuple[float, float]] = {
-    "scale": (math.nextafter(1.0, 2.0), 8.0),
-    "strength": (math.nextafter(0.0, 1.0), 1.0),
+    "hires_scale": (math.nextafter(1.0, 2.0), 8.0),
+    "hires_strength": (math.nextafter(0.0, 1.0), 1.0),
 }
 OPTIONAL = (
     "width",
@@ -50,13 +49,15 @@ OPTIONAL = (
     "strength",
     "denoising_start",
     "denoising_end",
+    "hires_scale",
+    "hires_steps",
 )
 NOT_NUMBERS = st.sampled_from([True, False, "7", [], {}, object(), b"1", 1j, (1,)])
 
 
-def refused(field: str, value: object, owner: type = ImageRequest) -> InvalidRequest:
+def refused(field: str, value: object) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        owner(**{field: value})
+        ImageRequest(**{field: value})  # type: ignore[arg-type]
     return caught.value
 
 
@@ -87,17 +88,6 @@ def test_numbers(data: st.DataObject) -> None:
     error = refused(field, bad)
     assert error.field == field
     assert f"{high:g}]" in str(error)
-
-
-@given(st.data())
-def test_hires(data: st.DataObject) -> None:
-    field = data.draw(st.sampled_from(sorted(HIRES)))
-    low, high = HIRES[field]
-    ImageRequest(hires=HiresFix(**{field: data.draw(st.floats(low, high))}))
-    bad = data.draw(
-        st.floats(max_value=low, exclude_max=True) | st.floats(min_value=high, exclude_min=True) | NOT_NUMBERS
-    )
-    assert refused(field, bad, HiresFix).field == f"hires.{field}"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +125,9 @@ def test_hires(data: st.DataObject) -> None:
         ("depth", 3),
         ("paste_back", "yes"),
         ("paste_back", None),
-        ("hires", {"scale": 2}),
+        ("hires_scale", {"scale": 2}),
+        ("hires_upscale", "bicubic"),
+        ("hires_upscale", None),
         ("guidance_start", 1.5),
         ("guidance_stop", -0.5),
         *((name, None) for name in (*INTEGERS, *NUMBERS) if name not in OPTIONAL),
@@ -152,8 +144,8 @@ def test_values_that_do_not_go_together() -> None:
         ImageRequest(guidance_start=0.6, guidance_stop=0.5)
     with pytest.raises(InvalidRequest, match="mask"):
         ImageRequest(mask=oracle.mask_image())
-    with pytest.raises(InvalidRequest, match="hires"):
-        ImageRequest(hires=HiresFix(), output="latents")
+    with pytest.raises(InvalidRequest, match="hires_scale"):
+        ImageRequest(hires_scale=2.0, output="latents")
 
 
 def test_errors_survive_pickling() -> None:
@@ -178,6 +170,9 @@ def test_parameters_are_plain_values() -> None:
         name for name in (f.name for f in dataclasses.fields(ImageRequest)) if name in values
     ]
     assert not any(isinstance(value, Image.Image) for value in values.values())
+    assert {"hires_scale", "hires_strength", "hires_steps", "hires_upscale"} <= set(values)
+    plain = ImageRequest(prompt="fox", hires_scale=2.0, hires_upscale="lanczos")
+    assert ImageRequest(**plain.parameters()) == plain
 
 
 # Against a model -------------------------------------------------------------------------------------------

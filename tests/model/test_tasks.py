@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffray.model import Engine, GenerationError, HiresFix, ImageRequest, Model, load_model
+from diffray.model import Engine, GenerationError, ImageRequest, Model, load_model
 from diffray.model.preparation import decode, encode
 from diffray.model.tiling import tiled
 from tests.model import oracle
@@ -380,7 +380,10 @@ def test_hires_fix_is_two_passes(upscale: str, record_property: Record) -> None:
         guidance_scale=4.0,
         sampler="euler",
         schedule="linspace",
-        hires=HiresFix(scale=1.5, strength=0.6, steps=5, upscale=upscale),
+        hires_scale=1.5,
+        hires_strength=0.6,
+        hires_steps=5,
+        hires_upscale=upscale,
         **SIZE,
     )
     assert got.size == (48, 48)
