@@ -16,7 +16,7 @@ import re
 from importlib.metadata import version
 
 from .errors import InvalidRequest
-from .request import HiresFix, ImageRequest
+from .request import ImageRequest
 from .sampler_names import resolve_sampler, resolve_schedule
 
 SAMPLER_LABELS = {
@@ -80,11 +80,11 @@ def infotext(request: ImageRequest, *, model: str | None = None, model_hash: str
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
         "Model hash": model_hash[:10] if model_hash else None,
         "Model": model or None,
-        "Denoising strength": request.hires.strength if request.hires else request.strength,
+        "Denoising strength": request.hires_strength if request.hires_scale else request.strength,
         "Clip skip": request.clip_skip + 1 if request.clip_skip else None,
         "RNG": "CPU",
         "Eta": request.eta,
-        **(_hires(request.hires) if request.hires else {}),
+        **(_hires(request) if request.hires_scale else {}),
         "Version": f"diffray {version('diffray')}",
     }
     lines = [request.prompt]
@@ -130,11 +130,11 @@ def _sampler_labels(request: ImageRequest) -> tuple[str | None, str | None]:
     return SAMPLER_LABELS[sampler], SCHEDULE_LABELS[known]
 
 
-def _hires(hires: HiresFix) -> dict[str, object]:
+def _hires(request: ImageRequest) -> dict[str, object]:
     return {
-        "Hires upscale": hires.scale,
-        "Hires steps": hires.steps,
-        "Hires upscaler": _UPSCALERS[hires.upscale],
+        "Hires upscale": request.hires_scale,
+        "Hires steps": request.hires_steps,
+        "Hires upscaler": _UPSCALERS[request.hires_upscale],
     }
 
 

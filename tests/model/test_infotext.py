@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from diffray.model import HiresFix, ImageRequest
+from diffray.model import ImageRequest
 from diffray.model.infotext import SAMPLER_LABELS, SCHEDULE_LABELS, infotext, parse_infotext
 from diffray.model.sampler_names import SAMPLER_NAMES, resolve_sampler, resolve_schedule
 from diffray.model.schedule import SCHEDULES
@@ -49,7 +49,12 @@ def test_the_form_is_that_of_automatic1111() -> None:
         ({"schedule": "trailing_exponential"}, {"Schedule type": "Exponential"}),
         ({"sampler": "homegrown", "schedule": "own"}, {"Sampler": "homegrown", "Schedule type": "own"}),
         (
-            {"hires": HiresFix(scale=1.5, strength=0.4, steps=10, upscale="latent-nearest")},
+            {
+                "hires_scale": 1.5,
+                "hires_strength": 0.4,
+                "hires_steps": 10,
+                "hires_upscale": "latent-nearest",
+            },
             {
                 "Denoising strength": "0.4",
                 "Hires upscale": "1.5",
