@@ -11,6 +11,7 @@ when it joined.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError
@@ -54,13 +55,21 @@ class Engine:
             large batches gain nothing. Another value may change the last bits of an image. Running out of
             memory halves it.
         compile: run the network through `torch.compile`.
+        observer: called after each denoising step with the number of images in it and the seconds it took,
+            from the engine's thread; must be quick and not raise.
 
     Raises:
         CheckpointError: the model needs conditioning that requests cannot carry (unCLIP).
     """
 
     def __init__(
-        self, model: Model, *, batch_size: int | None = None, rows: int | None = None, compile: bool = False
+        self,
+        model: Model,
+        *,
+        batch_size: int | None = None,
+        rows: int | None = None,
+        compile: bool = False,
+        observer: Callable[[int, float], None] | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("rows", rows)):
             if value is not None and value < 1:
@@ -74,6 +83,7 @@ class Engine:
         unet = torch.compile(model.unet, dynamic=False) if compile else model.unet
         most = 2 * self.batch_size
         self.network = Rows(unet, rows or (most if model.device.type != "cpu" else min(most, 4)))
+        self._observer = observer
         self._queue = Queue()
         # One thread at a time, under _stepping.
         self._stepping = RLock()
@@ -86,14 +96,26 @@ class Engine:
 
     # ---- asking -------------------------------------------------------------------------------------------
 
-    def submit(self, request: ImageRequest) -> Ticket:
+    def submit(
+        self,
+        request: ImageRequest,
+        *,
+        client: str = "",
+        weight: float = 1.0,
+        listener: Callable[[], None] | None = None,
+    ) -> Ticket:
         """Queue one image.
+
+        Args:
+            client, weight: clients share the engine by cost, in proportion to their weights (above 0).
+            listener: called after each step of this image, from the engine's thread.
 
         Raises:
             InvalidRequest: a value does not fit this model; nothing was queued.
             GenerationError: the engine is closed or broken.
         """
         ticket = self._checked(request)
+        ticket.client, ticket.weight, ticket.listener = client, weight, listener
         self._queue.enter([ticket])
         return ticket
 
@@ -177,6 +199,16 @@ class Engine:
         return self.network.size
 
     @property
+    def waiting(self) -> int:
+        """How many images wait to be begun."""
+        return self._queue.waiting
+
+    @property
+    def running(self) -> int:
+        """How many images were begun and are not finished."""
+        return self._queue.unsettled - self._queue.waiting
+
+    @property
     def failure(self) -> BaseException | None:
         """What stopped the engine for good: then no image's error is its own."""
         return self._queue.failure
@@ -204,7 +236,10 @@ class Engine:
         self._admit()
         bucket = self._next_bucket()
         if bucket is not None:
+            images, begun = len(bucket.slots), time.perf_counter()
             self._denoise(bucket)
+            if self._observer is not None:
+                self._observer(images, time.perf_counter() - begun)
         if self._finished:
             self._decode(*self._finished.popleft())
 
@@ -311,8 +346,7 @@ class Engine:
                 bucket.remove(slot)
                 self._queue.settle(slot.ticket, _too_large(slot.prepared.request, error))
         for slot in list(bucket.slots):
-            slot.ticket.step = slot.ticket._first_pass + slot.steps_done
-            slot.ticket._denoised = slot.denoised
+            slot.ticket._advance(slot.ticket._first_pass + slot.steps_done, slot.denoised)
             if slot.done:
                 self._finish(slot, bucket.remove(slot))
         self._forget_empty()

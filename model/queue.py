@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from heapq import heappop, heappush
+from itertools import count
 from threading import Condition
 
 from .errors import GenerationError
@@ -12,6 +14,11 @@ from .tickets import Result, Ticket
 
 class Queue:
     """Every submitted ticket from `enter` until `settle`, which happens exactly once.
+
+    Clients share the engine by cost, whatever each of them submits (start-time fair queueing, Goyal et al.
+    1996): a ticket starts, in virtual time, where its client's last one ended, or now if that is past; it
+    lasts its cost over the client's weight; who starts first is taken first. Those of one client keep their
+    order.
 
     Attributes:
         withdrawn: tickets whose holders cancelled them since the last `leavers`.
@@ -22,15 +29,27 @@ class Queue:
     def __init__(self) -> None:
         self.withdrawn: deque[Ticket] = deque()
         self.failure: BaseException | None = None
+        self.closed = False
         self._changed = Condition()
         self._live: set[Ticket] = set()
-        self._waiting: deque[Ticket] = deque()
-        self.closed = False
+        self._waiting: set[Ticket] = set()
+        self._lines: dict[str, deque[Ticket]] = {}
+        self._ends: dict[str, float] = {}
+        """Virtual time up to which each client has been served."""
+        self._starts: list[tuple[float, int, str]] = []
+        """A heap: when the first ticket of each line starts."""
+        self._order = count()
+        self._now = 0.0
 
     @property
-    def waiting(self) -> bool:
-        """Whether a ticket has not been taken yet."""
-        return bool(self._waiting)
+    def waiting(self) -> int:
+        """How many tickets have not been taken yet."""
+        return len(self._waiting)
+
+    @property
+    def unsettled(self) -> int:
+        """How many tickets wait or run."""
+        return len(self._live)
 
     def enter(self, tickets: list[Ticket]) -> None:
         """Add all of them, or none.
@@ -44,14 +63,51 @@ class Queue:
             for ticket in tickets:
                 ticket._since = time.perf_counter()
                 ticket.future.add_done_callback(ticket._settled)
+                if ticket.client not in self._lines:
+                    self._lines[ticket.client] = deque()
+                    self._stand(ticket.client)
+                self._lines[ticket.client].append(ticket)
             self._live.update(tickets)
-            self._waiting.extend(tickets)
+            self._waiting.update(tickets)
             self._changed.notify_all()
 
+    def _stand(self, client: str) -> None:
+        start = max(self._now, self._ends.get(client, 0.0))
+        heappush(self._starts, (start, next(self._order), client))
+
     def take(self) -> Ticket:
-        """The one that waits longest."""
+        """The next one whose turn it is.
+
+        Raises:
+            IndexError: none waits.
+        """
         with self._changed:
-            return self._waiting.popleft()
+            while True:
+                start, _, client = heappop(self._starts)
+                line = self._lines[client]
+                while line and line[0] not in self._waiting:  # taken back while it waited
+                    line.popleft()
+                if not line:
+                    del self._lines[client]
+                    continue
+                ticket = line.popleft()
+                self._waiting.remove(ticket)
+                self._now = start
+                self._ends[client] = start + ticket.request.cost / ticket.weight
+                if line:
+                    self._stand(client)
+                else:
+                    del self._lines[client]
+                self._forget()
+                return ticket
+
+    def _forget(self) -> None:
+        """Clients whose share is used up by nobody start afresh anyway."""
+        if not self._lines:
+            self._ends.clear()
+            self._now = 0.0
+        elif len(self._ends) > 64 + 2 * len(self._lines):
+            self._ends = {client: end for client, end in self._ends.items() if end > self._now}
 
     def leavers(self) -> set[Ticket]:
         """The unsettled tickets among those taken back; they wait no more."""
@@ -60,8 +116,10 @@ class Queue:
             gone.add(self.withdrawn.popleft())
         with self._changed:
             gone &= self._live
-            if gone:
-                self._waiting = deque(ticket for ticket in self._waiting if ticket not in gone)
+            self._waiting -= gone
+            if not self._waiting:
+                self._lines.clear()
+                self._starts.clear()
         return gone
 
     def withdraw_all(self) -> None:
@@ -89,6 +147,8 @@ class Queue:
             if isinstance(error, Exception):
                 self.failure = error
             self._waiting.clear()
+            self._lines.clear()
+            self._starts.clear()
             tickets = list(self._live)
         for ticket in tickets:
             self.settle(ticket, GenerationError(f"engine stopped: {type(error).__name__}: {error}"))

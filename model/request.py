@@ -228,6 +228,19 @@ class ImageRequest:
                 "depth", f"only a depth model takes one, this is {config.family} {config.task}"
             )
 
+    @property
+    def cost(self) -> float:
+        """Megapixel-steps of a resolved request, both passes of a hires fix together.
+
+        A measure to compare requests by: width x height x steps that are really taken, over a million.
+        """
+        pixels = (self.width or 0) * (self.height or 0) / 1e6
+        steps = self.steps or 0
+        cost = pixels * steps * (1.0 if self.strength is None else self.strength)
+        if self.hires_scale is not None:
+            cost += pixels * self.hires_scale**2 * (self.hires_steps or steps) * self.hires_strength
+        return cost
+
     def parameters(self) -> dict[str, Any]:
         """The fields that are plain values, in declaration order: what goes into a dataset's columns."""
         images = ("init_image", "mask", "depth", "init_latents")

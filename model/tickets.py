@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,8 @@ class Ticket:
 
     Attributes:
         steps, step: sampler steps in all, over both passes of a hires fix, and those done.
+        client, weight: whose it is, and that client's share of the engine beside the others'.
+        listener: called after each step, from the engine's thread; must be quick and not raise.
     """
 
     request: ImageRequest
@@ -53,6 +56,9 @@ class Ticket:
     steps: int = 0
     step: int = 0
     timings: dict[str, float] = field(default_factory=dict)
+    client: str = ""
+    weight: float = 1.0
+    listener: Callable[[], None] | None = None
     _model: Any = None
     _withdrawn: deque[Ticket] = field(default_factory=deque)
     _since: float = 0.0
@@ -80,6 +86,11 @@ class Ticket:
         """Called when the future is done, by whoever ended it."""
         if future.cancelled():
             self.cancel()
+
+    def _advance(self, step: int, denoised: Tensor | None) -> None:
+        self.step, self._denoised = step, denoised
+        if self.listener is not None:
+            self.listener()
 
     def _lap(self, phase: str) -> None:
         """Book the time since the last call."""
