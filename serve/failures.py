@@ -17,6 +17,8 @@ from diffray.model import GenerationError, InvalidRequest
 from .refusal import Refusal
 
 log = logging.getLogger("diffray.serve")
+WASTEFUL = ("generation_failed", "timeout")
+"""After engine time was spent: the `openai` package would spend it again on its own."""
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
 
 
@@ -53,4 +55,7 @@ def answer(http: Request, refusal: Refusal, dialect: ModuleType) -> JSONResponse
         headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
     if refusal.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(dialect.refused(refusal, request_id), refusal.status, headers)
+    if refusal.code in WASTEFUL:
+        headers["x-should-retry"] = "false"
+    status = getattr(dialect, "STATUSES", {}).get(refusal.status, refusal.status)
+    return JSONResponse(dialect.refused(refusal, request_id), status, headers)
