@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
 from threading import Lock, RLock, Thread, current_thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError, InvalidRequest
 from .images import mask_tensor, rgb, to_image
-from .preparation import Prepared, decode, prepare, refinement, second_pass, table_for
+from .latents import checked_latents, checked_size, decode, latents_of, ordinary, picture_of
+from .preparation import Prepared, prepare, refinement, second_pass, table_for
 from .queue import Queue
 from .request import ImageRequest
 from .rows import Rows
@@ -143,6 +144,50 @@ class Engine:
             raise
         return [ticket.future.result() for ticket in tickets]
 
+    def encode(
+        self,
+        image: Image.Image,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        seed: int | None = None,
+    ) -> Future[Tensor]:
+        """The autoencoder's latents of a picture, made between two steps of the denoising.
+
+        Without a background thread they are made before this returns.
+
+        Args:
+            width, height: what the picture is resized to; None takes its own, floored to whole latents.
+            seed: sample the posterior with the first noise of this seed, as image-to-image of that seed does;
+                None takes its mode.
+
+        Returns:
+            [C, h, w] float32 on the CPU in the UNet's scale: what `ImageRequest.init_latents` takes.
+
+        Raises:
+            InvalidRequest: a size that the model does not have.
+            GenerationError: the engine is closed or broken.
+        """
+        size = checked_size(self.model, image, width, height)
+        return self._errand(lambda: latents_of(self.model, image, *size, seed))
+
+    def decode(self, latents: Tensor) -> Future[Image.Image]:
+        """The picture of latents [C, h, w] in the UNet's scale, made like `encode`'s.
+
+        Raises:
+            InvalidRequest: latents of another shape, or not finite.
+            GenerationError: the engine is closed or broken.
+        """
+        checked = checked_latents(self.model, latents)
+        return self._errand(lambda: picture_of(self.model, checked))
+
+    def _errand(self, work: Callable[[], T]) -> Future[T]:
+        future = self._queue.send(work)
+        while self._thread is None and not future.done():
+            with self._guarded():
+                self._run_errand()
+        return future
+
     def _checked(self, request: ImageRequest) -> Ticket:
         """The ticket of a request that fits the model, as far as can be told without running a network."""
         model, resolved = self.model, request.resolved(self.model.config)
@@ -214,20 +259,27 @@ class Engine:
         return self._queue.failure
 
     def step(self) -> bool:
-        """One tick: admit, denoise one bucket by one step, decode one image. False when nothing is left.
+        """One tick: admit, denoise one bucket by one step, decode one image, run one errand. False when
+        nothing is left.
 
         Raises:
             GenerationError: the network failed, and with it every image that was submitted.
         """
+        with self._guarded():
+            self._tick()
+            return self._busy()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """One thread at a time; an error in here is the end of everything in flight."""
         with self._stepping:
             try:
-                self._tick()
+                yield
             except BaseException as error:
                 self._fail_all(error)
                 if not isinstance(error, Exception):  # the caller was interrupted
                     raise
                 raise GenerationError(f"engine stopped: {type(error).__name__}: {error}") from error
-            return self._busy()
 
     @torch.inference_mode()
     def _tick(self) -> None:
@@ -242,9 +294,11 @@ class Engine:
                 self._observer(images, time.perf_counter() - begun)
         if self._finished:
             self._decode(*self._finished.popleft())
+        self._run_errand()
 
     def _busy(self) -> bool:
-        return bool(self._queue.waiting or self._ready or self._buckets or self._finished)
+        images = self._queue.waiting or self._ready or self._buckets or self._finished
+        return bool(images or self._queue.errands)
 
     def _run(self) -> None:
         while self._busy() or self._queue.wait():
@@ -262,16 +316,19 @@ class Engine:
         """`work()`; None and a failed ticket if it raises for a reason that is this image's own."""
         try:
             return work()
-        except DiffrayError as error:
-            self._queue.settle(ticket, error)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            self._queue.settle(ticket, _too_large(ticket.request, error))
-        except Exception as error:  # a source image that cannot be decoded, say
-            if "CUDA" in str(error):
-                raise
-            self._queue.settle(ticket, GenerationError(f"{what}: {type(error).__name__}: {error}"))
+        except Exception as error:
+            self._queue.settle(ticket, _own(error, what, ticket.request))
         return None
+
+    def _run_errand(self) -> None:
+        errand = self._queue.errand()
+        if errand is None:
+            return
+        work, future = errand
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(_own(error, "autoencoder"))
 
     # ---- one tick -----------------------------------------------------------------------------------------
 
@@ -344,7 +401,7 @@ class Engine:
             torch.cuda.empty_cache()
             for slot in list(bucket.slots):
                 bucket.remove(slot)
-                self._queue.settle(slot.ticket, _too_large(slot.prepared.request, error))
+                self._queue.settle(slot.ticket, _own(error, "denoise", slot.prepared.request))
         for slot in list(bucket.slots):
             slot.ticket._advance(slot.ticket._first_pass + slot.steps_done, slot.denoised)
             if slot.done:
@@ -384,8 +441,7 @@ class Engine:
             if request.paste_back and request.mask is not None:
                 image = _pasted(image, request)
         else:
-            with torch.inference_mode(False):  # an ordinary tensor for the caller
-                kept = latents.cpu().clone()
+            kept = ordinary(latents)
         ticket._lap("decode")
         self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings)))
 
@@ -407,5 +463,19 @@ def _pasted(image: Image.Image, request: ImageRequest) -> Image.Image:
     return Image.composite(image, rgb(request.init_image, *image.size), Image.fromarray(mask))
 
 
-def _too_large(request: ImageRequest, error: BaseException) -> GenerationError:
-    return GenerationError(f"{request.width}x{request.height} does not fit the device's memory: {error}")
+def _own(error: Exception, what: str, request: ImageRequest | None = None) -> Exception:
+    """The error of one image alone that `error`, raised by its own work, stands for.
+
+    Raises:
+        Exception: `error` itself where the device is to blame.
+    """
+    if isinstance(error, DiffrayError):
+        return error
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        size = "" if request is None else f"{request.width}x{request.height} "
+        return GenerationError(f"{what}: {size}does not fit the device's memory: {error}")
+    if "CUDA" in str(error):
+        raise error
+    # A source image that cannot be decoded, say.
+    return GenerationError(f"{what}: {type(error).__name__}: {error}")

@@ -7,8 +7,6 @@ sample of the masked image, then one draw per sampler row that takes noise.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,16 +20,13 @@ from .conditioning import Conditioning, condition
 from .config import ModelConfig, NoiseConfig
 from .errors import InvalidRequest
 from .images import gray_tensor, mask_tensor, rgb, to_image, to_tensor
+from .latents import Draw, checked_latents, decode, encode
 from .request import MAX_SIDE, ImageRequest
 from .samplers import SamplerTable, build_table
 from .schedule import NoiseSchedule
-from .vae import Autoencoder
 
 if TYPE_CHECKING:
     from .load import Model
-
-TILE = 1024
-"""Side in pixels above which the autoencoder works in tiles."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +70,7 @@ def prepare(model: Model, request: ImageRequest, generator: torch.Generator | No
         InvalidRequest: a value that only now turns out not to fit (strength leaves no step, unknown sampler).
     """
     table = table_for(model, request)
-    draw = _Draw(generator or torch.Generator().manual_seed(request.seed), model.device)
+    draw = Draw(generator or torch.Generator().manual_seed(request.seed), model.device)
     shape = _latent_shape(model, request)
     source = _source(model, request)
     mask = None if request.mask is None else mask_tensor(request.mask, *_size(request)).to(model.device)
@@ -83,9 +78,7 @@ def prepare(model: Model, request: ImageRequest, generator: torch.Generator | No
     from_noise = _starts_from_noise(model, request)
     start = None
     if request.init_latents is not None:
-        start = torch.as_tensor(request.init_latents, dtype=torch.float32, device=model.device)
-        if not bool(start.isfinite().all()):
-            raise InvalidRequest("init_latents", "got values that are not finite")
+        start = checked_latents(model, request.init_latents, "init_latents").to(model.device)
     elif source is not None and (blended or not from_noise):
         start = encode(model, source, draw)
     low, label = _low_resolution(model, request, draw)
@@ -200,44 +193,6 @@ def _noise_schedule(noise: NoiseConfig) -> NoiseSchedule:
     return NoiseSchedule(noise)
 
 
-class _Draw:
-    """Unit normal noise from one image's generator: drawn on the CPU in float32, the same on every device."""
-
-    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
-        self.generator = generator
-        self.device = device
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device)
-
-
-def encode(model: Model, pixels: Tensor, draw: _Draw | None) -> Tensor:
-    """Latents [C, h, w] of pixels [3, H, W]; the posterior is sampled, or its mode taken without `draw`.
-
-    Half precision that overflows is done again in float32.
-    """
-    factor, channels = model.config.vae.factor, model.config.vae.latent_channels
-    height, width = pixels.shape[-2] // factor, pixels.shape[-1] // factor
-    noise = None if draw is None else draw((1, channels, height, width))
-    return _exact(model.vae, lambda vae: vae.encode(pixels[None], noise, tile=TILE))[0]
-
-
-def decode(model: Model, latents: Tensor) -> Tensor:
-    """Pixels [3, H, W] of finished latents [C, h, w]; half precision that overflows is done again in float32."""
-    return _exact(model.vae, lambda vae: vae.decode(latents[None], tile=TILE))[0]
-
-
-def _exact(vae: Autoencoder, run: Callable[[Autoencoder], Tensor]) -> Tensor:
-    """`run` with the autoencoder; if the result is not finite, with a float32 copy of it.
-
-    The model stays as it is, so that one image that overflows changes no bit of the images after it.
-    """
-    result = run(vae)
-    if vae.dtype == torch.float32 or bool(result.isfinite().all()):
-        return result
-    return run(copy.deepcopy(vae).to(torch.float32))
-
-
 def _size(request: ImageRequest) -> tuple[int, int]:
     return request.width or 0, request.height or 0
 
@@ -266,7 +221,7 @@ def _starts_from_noise(model: Model, request: ImageRequest) -> bool:
     return request.mask is not None and request.strength == 1.0
 
 
-def _low_resolution(model: Model, request: ImageRequest, draw: _Draw) -> tuple[Tensor | None, int | None]:
+def _low_resolution(model: Model, request: ImageRequest, draw: Draw) -> tuple[Tensor | None, int | None]:
     """The noised low-resolution image [3, h, w] of the x4 upscaler, and its noise level as class label."""
     if model.config.task != "upscale" or request.init_image is None:
         return None, None
@@ -280,7 +235,7 @@ def _low_resolution(model: Model, request: ImageRequest, draw: _Draw) -> tuple[T
 
 
 def _extra_channels(
-    model: Model, request: ImageRequest, source: Tensor | None, mask: Tensor | None, draw: _Draw
+    model: Model, request: ImageRequest, source: Tensor | None, mask: Tensor | None, draw: Draw
 ) -> Tensor | None:
     """The channels beside the latents, by task; they are never scaled with the noise level."""
     task, shape = model.config.task, _latent_shape(model, request)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import to_image
-from .preparation import decode
+from .latents import decode
 
 if TYPE_CHECKING:
     from .load import Model

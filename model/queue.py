@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from heapq import heappop, heappush
 from itertools import count
 from threading import Condition
+from typing import Any
 
 from .errors import GenerationError
 from .tickets import Result, Ticket
@@ -33,6 +36,7 @@ class Queue:
         self._changed = Condition()
         self._live: set[Ticket] = set()
         self._waiting: set[Ticket] = set()
+        self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._lines: dict[str, deque[Ticket]] = {}
         self._ends: dict[str, float] = {}
         """Virtual time up to which each client has been served."""
@@ -58,8 +62,7 @@ class Queue:
             GenerationError: the engine is closed or broken.
         """
         with self._changed:
-            if self.failure is not None or self.closed:
-                raise GenerationError(f"engine: closed ({self.failure or 'close was called'})")
+            self._check_open()
             for ticket in tickets:
                 ticket._since = time.perf_counter()
                 ticket.future.add_done_callback(ticket._settled)
@@ -74,6 +77,32 @@ class Queue:
     def _stand(self, client: str) -> None:
         start = max(self._now, self._ends.get(client, 0.0))
         heappush(self._starts, (start, next(self._order), client))
+
+    def send(self, work: Callable[[], Any]) -> Future[Any]:
+        """Have a call made on the engine's thread, between two steps.
+
+        Raises:
+            GenerationError: the engine is closed or broken.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            self._check_open()
+            self._errands.append((work, future))
+            self._changed.notify_all()
+        return future
+
+    @property
+    def errands(self) -> bool:
+        """Whether a call has not been made yet."""
+        return bool(self._errands)
+
+    def errand(self) -> tuple[Callable[[], Any], Future[Any]] | None:
+        """The call that waits longest, if its future was not cancelled."""
+        while self._errands:
+            work, future = self._errands.popleft()
+            if future.set_running_or_notify_cancel():
+                return work, future
+        return None
 
     def take(self) -> Ticket:
         """The next one whose turn it is.
@@ -150,8 +179,11 @@ class Queue:
             self._lines.clear()
             self._starts.clear()
             tickets = list(self._live)
+        reason = f"engine stopped: {type(error).__name__}: {error}"
         for ticket in tickets:
-            self.settle(ticket, GenerationError(f"engine stopped: {type(error).__name__}: {error}"))
+            self.settle(ticket, GenerationError(reason))
+        while errand := self.errand():
+            errand[1].set_exception(GenerationError(reason))
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -160,10 +192,14 @@ class Queue:
             self._changed.notify_all()
 
     def wait(self) -> bool:
-        """Wait until a ticket waits; False when none ever will."""
+        """Wait until a ticket or a call waits; False when none ever will."""
         with self._changed:
-            while not self._waiting:
+            while not self._waiting and not self._errands:
                 if self.closed or self.failure is not None:
                     return False
                 self._changed.wait()
             return True
+
+    def _check_open(self) -> None:
+        if self.failure is not None or self.closed:
+            raise GenerationError(f"engine: closed ({self.failure or 'close was called'})")
