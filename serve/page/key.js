@@ -1,0 +1,28 @@
+/** The API key: asked for when the service wants one, kept in this tab's session storage. */
+
+import { byId } from "./dom.js";
+
+const NAME = "diffray.key";
+
+export const key = () => sessionStorage.getItem(NAME) ?? "";
+
+export const forget = () => sessionStorage.removeItem(NAME);
+
+/** Ask for a key; resolves to whether one was given. `reason` is shown, such as why the last one failed. */
+export function askKey(reason = "") {
+  const dialog = byId("key");
+  byId("key-value").value = "";
+  byId("key-problem").textContent = reason;
+  byId("key-problem").hidden = !reason;
+  byId("key-cancel").onclick = () => dialog.close();
+  dialog.returnValue = "";
+  if (!dialog.open) dialog.showModal();
+  return new Promise((resolve) => {
+    byId("key-form").onsubmit = (event) => {
+      event.preventDefault();
+      sessionStorage.setItem(NAME, byId("key-value").value.trim());
+      dialog.close("given");
+    };
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "given"), { once: true });
+  });
+}
