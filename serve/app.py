@@ -18,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from diffray.model import DiffrayError
+
 from . import failures
 from .config import ServeConfig
 from .engines import Engines
@@ -55,7 +57,7 @@ def _handle_errors(app: FastAPI, dialects: list[ModuleType]) -> None:
         dialect = next(d for d in dialects if path.startswith(d.ROUTES))
         return failures.answer(http, failures.refusal_of(error), dialect)
 
-    for kind in (Exception, HTTPException, RequestValidationError):
+    for kind in (Exception, DiffrayError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)
 
 

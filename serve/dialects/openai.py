@@ -1,0 +1,114 @@
+"""The OpenAI Images API, for the `openai` package and whatever else speaks it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ..pictures import picture
+from ..refusal import Refusal
+from ..service import Client, Service
+from . import openai_bodies as bodies
+from .forms import form_schema, one_file, read_form
+from .openai_events import Kind, error_body, server_sent
+from .openai_works import Asked, Source, asked, mask_of, usage
+from .parts import base64_text, begun, client_names
+
+ROUTES = ("/v1/images", "/v1/models")
+STATUSES = {422: 400}
+"""Statuses that this API has another one for."""
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"model": bodies.Images, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+
+
+def refused(refusal: Refusal, request_id: str) -> dict[str, Any]:
+    """The error JSON; its request id is in the header `x-request-id`, where the SDK looks."""
+    return error_body(refusal)
+
+
+def router(service: Service) -> APIRouter:
+    """Generations, edits, variations, models."""
+    routes = APIRouter(prefix="/v1", tags=["OpenAI Images"])
+    started = int(time.time())
+
+    @routes.post("/images/generations", responses=STREAM)
+    async def generate(http: Request, body: bodies.Generation) -> Response:
+        """Images from a prompt; with `stream` as server-sent events."""
+        client = await service.client(http)
+        wanted = asked(body, await service.model(body.model))
+        return await _answer(service, http, client, wanted, "image_generation")
+
+    @routes.post(
+        "/images/edits",
+        responses=STREAM,
+        openapi_extra=form_schema(
+            bodies.Edit,
+            image="PNG, JPEG or WebP; `image[]` works too. Without a mask, its own transparency is one. *",
+            mask="As large as the image; what is transparent here is repainted, the rest stays as it is.",
+        ),
+    )
+    async def edit(http: Request) -> Response:
+        """An image made anew, or within a mask, by a prompt."""
+        client = await service.client(http)
+        body, files = await read_form(http, bodies.Edit, ("image", "mask"))
+        card = await service.model(body.model)
+        wanted = asked(body, card, _source(files, service.config.limits.source_pixels))
+        return await _answer(service, http, client, wanted, "image_edit")
+
+    @routes.post(
+        "/images/variations",
+        response_model=bodies.Images,
+        openapi_extra=form_schema(bodies.Variation, image="PNG, JPEG or WebP. *"),
+    )
+    async def variation(http: Request) -> Response:
+        """Images like a given one."""
+        client = await service.client(http)
+        body, files = await read_form(http, bodies.Variation, ("image",))
+        card = await service.model(body.model)
+        source = _source(files, service.config.limits.source_pixels)
+        return await _answer(service, http, client, asked(body, card, Source(source.image)), "image_edit")
+
+    @routes.get("/models")
+    async def models(http: Request) -> bodies.Models:
+        """All models, the default one first."""
+        await service.client(http)
+        return bodies.Models(data=[bodies.Model(id=c.name, created=started) for c in await service.models()])
+
+    @routes.get("/models/{name:path}")
+    async def model(http: Request, name: str) -> bodies.Model:
+        """One model."""
+        await service.client(http)
+        return bodies.Model(id=(await service.model(name)).name, created=started)
+
+    return routes
+
+
+def _source(files: Mapping[str, list[bytes]], pixels: int) -> Source:
+    """The picture and its mask out of a form's files."""
+    image = picture(one_file(files, "image"), "image", pixels=pixels)
+    mask = None if "mask" not in files else picture(one_file(files, "mask"), "mask", pixels=pixels)
+    return Source(image, mask_of(image, mask))
+
+
+async def _answer(service: Service, http: Request, client: Client, wanted: Asked, kind: Kind) -> Response:
+    """Make the images; errors speak of the body's own names."""
+    with client_names(wanted.names):
+        if wanted.partial_images is not None:
+            events = await begun(service.stream(http, client, wanted.works))
+            return StreamingResponse(server_sent(events, wanted, kind), media_type="text/event-stream")
+        finished = await service.make(http, client, wanted.works)
+    answer = bodies.Images(
+        created=int(time.time()),
+        data=[bodies.ImageData(b64_json=base64_text(f.data), seed=f.request.seed) for f in finished],
+        output_format=wanted.works[0].format,
+        quality=wanted.quality,
+        size=f"{finished[0].request.width}x{finished[0].request.height}",
+        usage=usage([f.request for f in finished], wanted.factor),
+        safety_identifier=wanted.safety_identifier,
+    )
+    return JSONResponse(answer.model_dump(exclude_none=True))

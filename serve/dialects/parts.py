@@ -1,0 +1,107 @@
+"""What the dialects share: seeds, names of fields, source pictures at the asked size, streams that have begun."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+
+from PIL import Image
+
+from diffray.model import InvalidRequest
+from diffray.model.sampler_names import resolve_sampler, resolve_schedule
+
+from ..work import Event, ModelCard
+
+RANDOM_SEEDS = 2**32 - 1
+"""A seed that the service chooses is below this: every dialect's clients can send it back."""
+
+
+def seeds(first: int | None, count: int) -> list[int]:
+    """Seeds of the images of one request: counted up from `first`, or from a random one."""
+    start = 1 + secrets.randbelow(RANDOM_SEEDS - 1) if first is None else first
+    return [start + index for index in range(count)]
+
+
+@contextmanager
+def client_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a request's fields speak of them by the names that the client used."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(names.get(error.field, error.field), error.reason) from error
+
+
+def solver(sampler: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
+    """(sampler, schedule) where `scheduler` is a noise schedule or, as diffusers has it, a sampler's class.
+
+    Raises:
+        InvalidRequest: `scheduler` is neither.
+    """
+    if scheduler is None:
+        return sampler, None
+    try:
+        resolve_schedule(scheduler)
+    except InvalidRequest:
+        if sampler is None:
+            with client_names({"sampler": "scheduler"}):
+                resolve_sampler(scheduler)
+            return scheduler, None
+        raise
+    return sampler, scheduler
+
+
+def base64_text(data: bytes) -> str:
+    """Plain base64, without a `data:` prefix."""
+    return base64.b64encode(data).decode("ascii")
+
+
+async def begun(
+    events: AsyncGenerator[tuple[int, Event], None],
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """`events` after the first has come: what is refused is refused before an answer's status is sent."""
+    first = await anext(events)
+
+    async def all_of_them() -> AsyncGenerator[tuple[int, Event], None]:
+        async with aclosing(events):
+            yield first
+            async for event in events:
+                yield event
+
+    return all_of_them()
+
+
+def area_size(card: ModelCard, ratio: float) -> tuple[int, int]:
+    """Width and height with about the model's own number of pixels, and proportions near `ratio`.
+
+    Sides are multiples of 64 where the model's own are (those sizes are what models were trained on), else of
+    the smallest step that it can do.
+    """
+    whole = card.width % 64 == 0 and card.height % 64 == 0 and min(card.width, card.height) >= 512
+    step = 64 if whole and 64 % card.factor == 0 else card.factor
+    area = card.width * card.height
+    width, height = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+    return max(round(width / step), 1) * step, max(round(height / step), 1) * step
+
+
+def covering(image: Image.Image, width: int, height: int) -> Image.Image:
+    """`image` scaled and cut around its centre to exactly this size, its proportions kept."""
+    if image.size == (width, height):
+        return image
+    scale = max(width / image.width, height / image.height)
+    across, down = width / scale, height / scale
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    box = (left, top, left + across, top + down)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def alpha_mask(image: Image.Image, field: str, *, most: int = 127) -> Image.Image:
+    """White where `image` is transparent (alpha at most `most`), black elsewhere.
+
+    Raises:
+        InvalidRequest: it has no transparency.
+    """
+    if "A" not in image.getbands():
+        raise InvalidRequest(field, f"got a {image.mode} picture without an alpha channel, which it needs")
+    return image.getchannel("A").point(lambda alpha: 255 if alpha <= most else 0)
