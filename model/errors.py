@@ -8,6 +8,7 @@
     ├── Cancelled            the caller took the image back
     └── JobError             a batch job refuses to start or go on
         ├── JobConflict      the output belongs to another job, or config, model or input changed
+        ├── StorageError     the output cannot be read or written: full, out of reach, access refused
         └── AccountingError  planned images, written images and rejected rows do not add up
 
 A message names the object (row id, file, tensor key, field), what was got and what is allowed.
@@ -59,6 +60,10 @@ class JobError(DiffrayError):
 
 class JobConflict(JobError):
     """The output belongs to another job, or the job's config, model or input has changed."""
+
+
+class StorageError(JobError):
+    """The output cannot be read or written: full, out of reach, or access is refused. Work so far is kept."""
 
 
 class AccountingError(JobError):

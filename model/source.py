@@ -13,13 +13,14 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .checkpoint import CONFIG_FILES, PART_FILES
 from .errors import CheckpointError
+from .storage import open_storage
 
 EMBEDDED = "embedded"
 CACHE_VARIABLE = "DIFFRAY_CACHE"
@@ -40,13 +41,14 @@ UNWANTED = (
 )
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
+def resolve(source: str | os.PathLike[str], storage: Mapping[str, Any] | None = None) -> Path:
     """The local path of a source, after fetching it if need be.
 
     Args:
         source: "embedded" (the model in this package), a path, an fsspec URL of a file or diffusers folder
             ("s3://bucket/model.safetensors", optionally "#sha256=<hex>" for a file), or a hub id
             ("org/name", "org/name@revision", "org/name/file.safetensors").
+        storage: fsspec options for a URL (`endpoint_url`, `profile`, `anon`, ...).
 
     Raises:
         CheckpointError: it does not exist or cannot be fetched; names the paths that were tried.
@@ -55,7 +57,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if text == EMBEDDED:
         return embedded()
     if "://" in text:
-        return fetch(text)
+        return fetch(text, storage)
     path = Path(text).expanduser()
     if path.exists():
         return path
@@ -135,18 +137,16 @@ def _whole(folder: Path) -> bool:
 # URLs ------------------------------------------------------------------------------------------------------
 
 
-def fetch(url: str) -> Path:
+def fetch(url: str, storage: Mapping[str, Any] | None = None) -> Path:
     """A remote file or folder, in the cache; a `file://` URL is its own path.
 
     Raises:
         CheckpointError: nothing there, a wrong size or sha256, or the disk is full.
     """
-    import fsspec
-
     address, _, fragment = url.partition("#")
     expected = _expected(url, fragment)
     try:
-        fs, root = fsspec.core.url_to_fs(address)
+        fs, root = open_storage(address, storage)
     except (ImportError, ValueError, OSError) as error:
         raise CheckpointError(f"{url}: {error}") from error
     if address.startswith(("file://", "local://")):

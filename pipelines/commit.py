@@ -29,6 +29,7 @@ from .store import Store
 from .tables import PlanShard, data_row, data_schema, parquet, rejected_row, rejected_schema
 
 COMMITS = "_diffray/commits"
+HISTORY = "_diffray/history"
 READERS = 16
 
 
@@ -169,16 +170,40 @@ def proven_totals(store: Store, plan: Plan) -> dict[str, int]:
         odd = sorted(shards ^ set(range(plan.shards)))
         raise AccountingError(f"{plan.shards} shards planned, {len(shards)} committed; differing: {odd[:10]}")
     commits = read_commits(store, range(plan.shards))
-    images, rejected = sum(c.images for c in commits), sum(c.rejected for c in commits)
+    images, rejected = totals(plan, commits)
     if images + rejected != plan.images or any(c.images + c.rejected != c.planned for c in commits):
         raise AccountingError(f"{plan.images} images planned, but {images} made and {rejected} rejected")
-    named = {str(file["path"]) for c in commits for file in c.files if file["rows"]}
+    named = {current_path(plan, c, file) for c in commits for file in c.files if file["rows"]}
+    named = {name for name in named if not name.startswith(HISTORY)}
     found = {f"{folder}/{name}" for folder in ("data", "rejected") for name in store.list(folder)}
     found |= {f"data/images/{name}/metadata.parquet" for name in store.list("data/images")}
     found = {name for name in found if _PART.search(name)}
     if named != found:
         raise AccountingError(f"files and commit records differ: {sorted(named ^ found)[:10]}")
     return {"planned": plan.images, "images": images, "rejected": rejected, "shards": plan.shards}
+
+
+def totals(plan: Plan, commits: Iterable[Commit]) -> tuple[int, int]:
+    """Images and rejected rows so far; a rejection that later shards run again counts no more."""
+    commits = list(commits)
+    return sum(c.images for c in commits), sum(c.rejected for c in commits if c.shard >= plan.retried)
+
+
+def current_path(plan: Plan, commit: Commit, file: Mapping[str, Any]) -> str:
+    """Where a committed file is in a finished job: rejections that were run again are kept as history."""
+    path = str(file["path"])
+    history = commit.shard < plan.retried and path.startswith("rejected/")
+    return f"{HISTORY}/{path}" if history else path
+
+
+def archive_retried(store: Store, plan: Plan, commits: Iterable[Commit]) -> None:
+    """Move the rejected parts that count no more out of the dataset."""
+    for commit in commits:
+        for file in commit.files:
+            path, place = str(file["path"]), current_path(plan, commit, file)
+            if path != place and store.exists(path):
+                store.write(place, store.read(path))
+                store.remove(path)
 
 
 _PART = re.compile(r"part-\d{5,}(\.parquet|/metadata\.parquet)$")

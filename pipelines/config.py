@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class Workers(Strict):
     """Shards that one actor works on at once, so that its engine never runs dry between two."""
     crashes: int = Field(default=3, ge=1, le=20)
     """A row that was alone in its worker at this many worker deaths is rejected."""
+    patience: float = Field(default=900.0, gt=0)
+    """Seconds without any finished step or image after which a worker counts as hanging and is replaced."""
     address: str | None = None
     """Ray cluster to connect to; None starts Ray on this machine unless it is already up."""
 
@@ -85,8 +88,13 @@ class JobConfig(Strict):
     encoding: Encoding = Encoding()
     shards: ShardLimits = ShardLimits()
     workers: Workers = Workers()
+    storage: dict[str, dict[str, Any]] = Field(default={}, exclude=True, repr=False)
     contact_sheet: int = Field(default=24, ge=0, le=400)
     """Images on `contact_sheet.png`; 0 leaves it out."""
+
+    def storage_options(self, url: str) -> dict[str, Any]:
+        """The options for `url`: those of its longest listed prefix, else of its protocol."""
+        return storage_options(self.storage, url)
 
     @classmethod
     def checked(cls, values: dict[str, Any]) -> JobConfig:
@@ -117,3 +125,10 @@ class JobConfig(Strict):
         if not isinstance(values, dict):
             raise InvalidJob(f"{path}: got {type(values).__name__}, expected a mapping of job keys")
         return cls.checked(values)
+
+
+def storage_options(storage: Mapping[str, Mapping[str, Any]], url: str) -> dict[str, Any]:
+    """The options of `url` in a mapping by protocol or URL prefix; the longest prefix wins alone."""
+    protocol = url.partition("://")[0] if "://" in url else "file"
+    matching = [key for key in storage if key == protocol or ("://" in key and url.startswith(key))]
+    return dict(storage[max(matching, key=len)]) if matching else {}

@@ -11,7 +11,6 @@ from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
 from .config import JobConfig
-from .source import Source
 from .store import Store
 
 JOB = "_diffray/job.json"
@@ -19,12 +18,14 @@ VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
 """The software that decides the bytes of images, image files and Parquet files."""
 
 
-def fingerprint(config: JobConfig, model: ModelConfig, checksum: str, source: Source) -> dict[str, Any]:
-    """Config (but for where it runs and writes), model, input content and software, as plain JSON values."""
+def fingerprint(config: JobConfig, model: ModelConfig, checksum: str) -> dict[str, Any]:
+    """Config (but for where it runs, reads and writes), model and software, as plain JSON values.
+
+    What the input holds is the plan's business: it may grow.
+    """
     values = {
         "config": config.model_dump(mode="json", exclude={"input", "output", "workers"}),
         "model": {**asdict(model), "checksum": checksum},
-        "input": {f"{i}": file for i, file in enumerate(source.fingerprint())},
         "versions": {name: version(name) for name in VERSIONS},
     }
     return dict(json.loads(json.dumps(values)))

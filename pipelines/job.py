@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from posixpath import commonpath
 
 from .actors import generate_on_ray
-from .commit import committed, read_commits
+from .commit import committed, read_commits, totals
 from .config import InvalidJob, JobConfig
 from .fingerprint import check, fingerprint, record, refuse_foreign
+from .growth import grow
 from .lock import Lock
 from .models import Models
 from .plan import Plan, read_plan, write_plan
 from .progress import Progress, Silent
-from .report import SUCCESS, finish
+from .report import SUCCESS, finish, is_finished
 from .source import Source
 from .store import Store
 from .worker import Share
@@ -71,26 +72,44 @@ def run(
         AccountingError: images and rejected rows do not add up to the plan.
     """
     started = time.monotonic()
-    models, store, progress = models or Models(), store or Store(config.output), progress or Silent()
-    source = Source(config.input)
+    options = config.storage_options(config.output)
+    store, progress = store or Store(config.output, options), progress or Silent()
+    models = models or Models(config.storage)
+    source = Source(config.input, config.storage_options(config.input))
     _apart(source, store)
     model = models.config(config.model)
-    mine = fingerprint(config, model, models.checksum(config.model), source)
+    mine, files = fingerprint(config, model, models.checksum(config.model)), source.fingerprint()
     refuse_foreign(store)
     if plan := read_plan(store):
         check(store, mine)
-        if store.exists(SUCCESS):
+        if plan.input == files and is_finished(store, plan):
             return _result(store, plan, 0, started)
     with Lock.acquire(store, take_over=take_over) as lock:
         plan = read_plan(store)
         if plan is None:
             record(store, mine)
             plan = write_plan(store, config, model, source)
-        done = committed(store)
-        pending = [shard for shard in range(plan.shards) if shard not in done]
-        _generate(config, lock, store, models, plan, pending, progress, generate)
-        finish(store, config, plan)
-    return _result(store, plan, len(pending), started)
+        elif plan.input != files:
+            plan = grow(store, config, model, source, plan)
+        made = complete(config, lock, store, models, plan, progress, generate)
+    return _result(store, plan, made, started)
+
+
+def complete(
+    config: JobConfig,
+    lock: Lock,
+    store: Store,
+    models: Models,
+    plan: Plan,
+    progress: Progress,
+    generate: Generate,
+) -> int:
+    """Make the shards of a plan that are not committed yet, and finish the job; returns how many those were."""
+    done = committed(store)
+    pending = [shard for shard in range(plan.shards) if shard not in done]
+    _generate(config, lock, store, models, plan, pending, progress, generate)
+    finish(store, config, plan)
+    return len(pending)
 
 
 def _generate(
@@ -106,7 +125,8 @@ def _generate(
     if not pending:
         return
     before = read_commits(store, sorted(set(range(plan.shards)) - set(pending)))
-    progress.start(plan.images, sum(c.planned for c in before), sum(c.rejected for c in before))
+    images, rejected = totals(plan, before)
+    progress.start(plan.images, images + rejected, rejected)
     try:
         for images, rejected in generate(config, lock.run, store, models, [Share(config.model, pending)]):
             progress.advance(images, rejected)

@@ -1,8 +1,12 @@
 """One driver per output directory.
 
-Owners are numbered files, `_diffray/locks/00001.json` and on; the highest number owns the output. Taking
-over a dead owner's lock is putting the next number, which only one of several can do. The number is also
-the number of this run of the job.
+Owners are numbered files, `_diffray/locks/00001.json` and on; the highest number owns the output. Taking over
+is putting the next number, which only one of several can do. The number is also the number of this run of the
+job, and workers commit nothing once a higher one is there.
+
+A living owner rewrites its file every few seconds. Whoever wants the output watches that file by its own
+clock: when it changes, the owner lives; when it does not for `LEASE` seconds, the owner is dead, on whatever
+host it was. No two clocks are ever compared.
 """
 
 from __future__ import annotations
@@ -10,13 +14,20 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
+import time
+import uuid
 from datetime import UTC, datetime
 
-from diffray.model.errors import JobConflict
+from diffray.model.errors import JobConflict, StorageError
 
 from .store import Store
 
 LOCKS = "_diffray/locks"
+BEAT = 10.0
+"""Seconds between two signs of life."""
+LEASE = 60.0
+"""Seconds without one after which an owner is dead."""
 
 
 class Lock:
@@ -29,75 +40,126 @@ class Lock:
     def __init__(self, store: Store, run: int) -> None:
         self._store = store
         self.run = run
-
-    @classmethod
-    def acquire(cls, store: Store, *, take_over: bool = False) -> Lock:
-        """Become the owner.
-
-        Raises:
-            JobConflict: another driver owns the output and is alive, or cannot be seen from this host;
-                `take_over` is the user's word that it is dead.
-        """
-        names = store.list(LOCKS)
-        last = int(names[-1].removesuffix(".json")) if names else 0
-        if (who := owner(store)) and not take_over:
-            raise JobConflict(_owned(store, who))
-        lock = cls(store, last + 1)
-        mine = {
+        self._name = f"{LOCKS}/{run:05d}.json"
+        self._mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": datetime.now(UTC).isoformat("T", "seconds"),
+            "token": uuid.uuid4().hex,
         }
-        if not store.put_if_absent(lock._name, json.dumps(mine).encode()):
-            raise JobConflict(_owned(store, owner(store) or "another driver, just now"))
+        self._ended = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+    @classmethod
+    def acquire(cls, store: Store, *, take_over: bool = False) -> Lock:
+        """Become the owner. Waits up to `LEASE` seconds where only that can tell whether the last owner is dead.
+
+        Raises:
+            JobConflict: another driver owns the output and lives. `take_over` is the user's word that it does
+                not, and saves the waiting.
+            StorageError: the storage cannot create an object only if it is absent.
+        """
+        last = newest(store)
+        if not take_over and (who := owner(store)) and _lives(store, last):
+            raise JobConflict(f"{store.url} is being worked on by {who}; it shows signs of life")
+        lock = cls(store, last + 1)
+        if not store.put_if_absent(lock._name, json.dumps(lock._mine).encode()):
+            who = owner(store) or "another driver"
+            raise JobConflict(f"{store.url} was just now taken by {who}")
+        if store.put_if_absent(lock._name, b"{}"):
+            raise StorageError(
+                f"{store.url}: this storage ignores If-None-Match and would let two drivers work at once"
+            )
+        lock._beating.start()
         return lock
 
     def release(self) -> None:
         """Let the next driver in."""
+        self._ended.set()
+        self._beating.join()
         self._store.write(self._name, json.dumps({"released": True}).encode())
 
     def __enter__(self) -> Lock:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.release()
+        except StorageError:
+            if kind is None:  # else it would hide why the job ends; the lock goes stale by itself
+                raise
 
-    @property
-    def _name(self) -> str:
-        return f"{LOCKS}/{self.run:05d}.json"
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.wait(BEAT):
+            count += 1
+            try:
+                if newest(self._store) != self.run:
+                    return  # taken over: workers see the higher number and stop
+                self._store.write(self._name, json.dumps({**self._mine, "beat": count}).encode())
+            except StorageError:
+                continue  # perhaps the next one lands
+
+
+def newest(store: Store) -> int:
+    """The number of the newest owner, dead or alive; 0 when there was none."""
+    names = store.list(LOCKS)
+    return int(names[-1].removesuffix(".json")) if names else 0
+
+
+def check_owner(store: Store, run: int) -> None:
+    """Refuse to go on for a driver that was taken over.
+
+    Raises:
+        JobConflict: a newer driver owns the output.
+    """
+    if (last := newest(store)) != run:
+        raise JobConflict(f"{store.url}: run {run} of the job was taken over by run {last}")
 
 
 def owner(store: Store) -> str | None:
-    """Who owns the output now, or None when nobody does or the owner is dead."""
-    names = store.list(LOCKS)
-    if not names:
+    """Who owns the output, or None when nobody does or the owner is dead as far as this host can tell."""
+    last = newest(store)
+    if not last:
         return None
-    last = _read(store, names[-1])
-    if last.get("released") or not _may_live(last):
+    record = _read(store, last)
+    if record.get("released") or _dead_here(record):
         return None
-    return f"process {last.get('pid')} on {last.get('host')} since {last.get('since')}"
+    return f"process {record.get('pid')} on {record.get('host')} since {record.get('since')}"
 
 
-def _read(store: Store, name: str) -> dict[str, object]:
+def _lives(store: Store, last: int) -> bool:
+    """Whether owner number `last` gives a sign of life, or ends or is replaced, within its lease."""
+    before, until = _read(store, last), time.monotonic() + LEASE
+    while time.monotonic() < until:
+        time.sleep(min(1.0, LEASE / 10))
+        now = _read(store, last)
+        if now.get("released") or newest(store) != last:
+            return bool(owner(store))
+        if now != before:
+            return True
+    return False
+
+
+def _read(store: Store, number: int) -> dict[str, object]:
+    name = f"{LOCKS}/{number:05d}.json"
     try:
-        return dict(json.loads(store.read(f"{LOCKS}/{name}")))
+        return dict(json.loads(store.read(name)))
     except ValueError as error:
-        raise JobConflict(f"{store.path(f'{LOCKS}/{name}')} is damaged: {error}") from None
+        raise JobConflict(f"{store.path(name)} is damaged: {error}") from None
 
 
-def _may_live(process: dict[str, object]) -> bool:
-    """False only where this host can prove that the process is gone."""
-    pid = process.get("pid")
-    if process.get("host") != socket.gethostname() or not isinstance(pid, int):
-        return True
+def _dead_here(record: dict[str, object]) -> bool:
+    """Whether this host can prove that the process is gone."""
+    pid = record.get("pid")
+    if record.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
-
-
-def _owned(store: Store, who: str) -> str:
-    return f"{store.url} is being worked on by {who}; if that process is gone, take over with --take-over"
+    except PermissionError:
+        return False
+    return False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .config import ModelOptions
+from .config import ModelOptions, storage_options
 
 if TYPE_CHECKING:
     from diffray.model import Engine
@@ -40,30 +41,53 @@ class OpenModel:
 
 
 class Models:
-    """Opens models. Sent to the workers as it is, so it holds no model itself."""
+    """Opens models. Sent to the workers as it is, so it holds no model itself.
+
+    Args:
+        storage: fsspec options by protocol or URL prefix, for models that are URLs.
+    """
+
+    def __init__(self, storage: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._storage = dict(storage or {})
 
     def config(self, options: ModelOptions) -> ModelConfig:
         """What the model is, from its headers alone."""
         from diffray.model import model_config
 
-        return model_config(options.source, **options.options)
+        return model_config(self._local(options.source), **self._arguments(options))
 
     def checksum(self, options: ModelOptions) -> str:
         """SHA-256 of the model's files, without loading them."""
         from diffray.model.checkpoint import open_checkpoint
         from diffray.model.source import resolve
 
-        return open_checkpoint(resolve(options.source)).checksum()
+        return open_checkpoint(resolve(self._local(options.source))).checksum()
+
+    def fetch(self, options: ModelOptions) -> None:
+        """Bring the model's files to this machine, if they are not here yet; its processes share them."""
+        from diffray.model.source import resolve
+
+        resolve(self._local(options.source))
 
     def open(self, options: ModelOptions) -> OpenModel:
         """Load the weights and start an engine."""
         from diffray.model import Engine, load_model
 
-        model = load_model(options.source, device=options.device, dtype=options.dtype, **options.options)
+        source, arguments = self._local(options.source), self._arguments(options)
+        model = load_model(source, device=options.device, dtype=options.dtype, **arguments)
         engine = Engine(model, batch_size=options.batch_size)
         engine.start()
         device, dtype = str(model.device).partition(":")[0], str(model.dtype).removeprefix("torch.")
         return OpenModel(engine, shown_name(options.source), model.checksum, device, dtype)
+
+    def _local(self, source: str) -> str:
+        """The source, or where it was fetched to if it is a URL."""
+        from diffray.model.source import resolve
+
+        return str(resolve(source, storage_options(self._storage, source))) if "://" in source else source
+
+    def _arguments(self, options: ModelOptions) -> dict[str, Any]:
+        return {k: self._local(v) if isinstance(v, str) else v for k, v in options.options.items()}
 
 
 def shown_name(source: str) -> str:

@@ -1,18 +1,23 @@
 """The plan: every image of the job, in numbered shards that never change once written.
 
 Two passes over the input. The survey proves that ids are unique and finds the types of the user's columns;
-it keeps eight bytes per row. The second pass writes shard after shard. `plan.json` comes last and makes the
-plan final; until then a crashed plan is simply written again, with the same bytes.
+it keeps eight bytes per row. The second pass writes shard after shard. A numbered record comes last and makes
+the plan final; until then a crashed plan is simply written again, with the same bytes.
+
+A plan only ever gets more shards: for new rows of an input that grew (`growth.py`), or to run rejected rows
+again (`upkeep.py`). Each time a record with the next number says what the plan is from then on.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from diffray.model.config import ModelConfig
 from diffray.model.errors import InvalidRequest, JobConflict
@@ -33,17 +38,25 @@ from .source import Source, SourceRow
 from .store import Store
 from .tables import PlanShard, UserColumns
 
-PLAN = "_diffray/plan.json"
+PLANS = "_diffray/plans"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was planned: `images` counts all planned images, `rejected` those the plan itself refused."""
+    """What was planned, as the newest record says."""
 
     rows: int
     images: int
+    """All planned images, each counted once."""
     rejected: int
+    """Those that the plan itself refused."""
     shards: int
+    input: Sequence[Mapping[str, Any]]
+    """Fingerprint of the input that the plan covers."""
+    retried: int = 0
+    """Rejected rows of shards below this number count no more: later shards run them again."""
+    number: int = 1
+    """Number of the record."""
 
 
 def shard_path(shard: int) -> str:
@@ -52,13 +65,26 @@ def shard_path(shard: int) -> str:
 
 
 def read_plan(store: Store) -> Plan | None:
-    """The finished plan of a job, or None when there is none yet."""
-    if not store.exists(PLAN):
+    """The newest plan of a job, or None when there is none yet."""
+    names = store.list(PLANS)
+    if not names:
         return None
+    name = f"{PLANS}/{names[-1]}"
     try:
-        return Plan(**json.loads(store.read(PLAN)))
+        return Plan(**json.loads(store.read(name)))
     except (ValueError, TypeError) as error:
-        raise JobConflict(f"{store.path(PLAN)} is damaged: {error}") from None
+        raise JobConflict(f"{store.path(name)} is damaged: {error}") from None
+
+
+def record_plan(store: Store, plan: Plan) -> None:
+    """Make a plan final.
+
+    Raises:
+        JobConflict: another driver recorded a different one under that number.
+    """
+    name = f"{PLANS}/{plan.number:05d}.json"
+    if not store.put_if_absent(name, (json.dumps(asdict(plan), indent=2) + "\n").encode()):
+        raise JobConflict(f"{store.path(name)}: another driver planned at the same time")
 
 
 def read_shard(store: Store, shard: int) -> PlanShard:
@@ -73,20 +99,43 @@ def write_plan(store: Store, config: JobConfig, model: ModelConfig, source: Sour
         InvalidJob: the input as a whole is unusable (no prompt column, duplicate ids, ...), or it changed
             while it was read.
     """
-    before = source.fingerprint()
+    files = source.fingerprint()
+    survey, images = planned(config, model, source)
+    wrote = write_shards(store, images, survey.user.schema, config.shards)
+    if source.fingerprint() != files:
+        raise InvalidJob("the input changed while it was read; run again when it is complete")
+    plan = Plan(survey.rows, wrote.images, wrote.rejected, wrote.shards, files)
+    record_plan(store, plan)
+    return plan
+
+
+def planned(config: JobConfig, model: ModelConfig, source: Source) -> tuple[Survey, Iterator[PlannedImage]]:
+    """The survey of an input, and every image of the job in input order."""
     rules = RowRules(model, _defaults(config, model), config.images_per_prompt, config.seed)
     survey = Survey(source, has_default_prompt="prompt" in rules.defaults)
-    images = rejected = shards = 0
-    for shard, members in enumerate(_shards(survey.images(rules), config.shards)):
-        store.write(shard_path(shard), PlanShard(tuple(members), survey.user.schema).to_parquet())
-        images += len(members)
+    return survey, survey.images(rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How much `write_shards` wrote."""
+
+    images: int
+    rejected: int
+    shards: int
+
+
+def write_shards(
+    store: Store, images: Iterator[PlannedImage], user: pa.Schema, limits: ShardLimits, first: int = 0
+) -> Written:
+    """Cut images into shards and write them, numbered from `first`."""
+    count = rejected = shards = 0
+    for members in _shards(images, limits):
+        store.write(shard_path(first + shards), PlanShard(tuple(members), user).to_parquet())
+        count += len(members)
         rejected += sum(image.request is None for image in members)
-        shards = shard + 1
-    if source.fingerprint() != before:
-        raise InvalidJob("the input changed while it was read; run again when it is complete")
-    plan = Plan(survey.rows, images, rejected, shards)
-    store.write(PLAN, (json.dumps(asdict(plan), indent=2) + "\n").encode())
-    return plan
+        shards += 1
+    return Written(count, rejected, shards)
 
 
 def _defaults(config: JobConfig, model: ModelConfig) -> dict[str, object]:

@@ -8,7 +8,7 @@ import json
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from .commit import proven_totals, read_commit
+from .commit import archive_retried, proven_totals, read_commit, read_commits
 from .config import JobConfig
 from .models import shown_name
 from .plan import Plan
@@ -24,6 +24,8 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
     Raises:
         AccountingError: the job is not whole.
     """
+    if plan.retried:
+        archive_retried(store, plan, read_commits(store, range(plan.retried)))
     totals = proven_totals(store, plan)
     if config.contact_sheet and totals["images"]:
         store.write("contact_sheet.png", contact_sheet(store, plan, config.contact_sheet))
@@ -32,6 +34,17 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
     store.write("README.md", card(config, totals).encode())
     store.write(SUCCESS, (json.dumps(totals, indent=2) + "\n").encode())
     return totals
+
+
+def is_finished(store: Store, plan: Plan) -> bool:
+    """Whether the success mark is there, and speaks of this plan rather than of one that grew since."""
+    try:
+        totals = json.loads(store.read(SUCCESS))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return False  # proving the totals again costs little
+    return bool(totals.get("planned") == plan.images and totals.get("shards") == plan.shards)
 
 
 def contact_sheet(store: Store, plan: Plan, count: int) -> bytes:

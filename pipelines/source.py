@@ -16,14 +16,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from posixpath import basename, splitext
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from diffray.model.storage import open_storage
 
 from .config import InvalidJob
 
@@ -49,9 +50,9 @@ class Source:
         InvalidJob: there is no such file, or one has an unknown ending.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         try:
-            self._fs, root = fsspec.core.url_to_fs(url)
+            self._fs, root = open_storage(url, options)
             paths = _expand(self._fs, str(root))
         except (ValueError, ImportError, OSError) as error:
             raise InvalidJob(f"input {url}: {error}") from None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from diffray.model.errors import JobError
 
-from .commit import committed, read_commits
+from .commit import committed, read_commits, totals
 from .lock import owner
 from .plan import read_plan
-from .report import SUCCESS
+from .report import is_finished
 from .store import Store
 
 
@@ -39,14 +39,15 @@ def job_status(output: str, *, verify: bool = False) -> JobStatus:
     if plan is None:
         raise JobError(f"{output} holds no planned diffray job")
     commits = read_commits(store, sorted(committed(store)))
-    done = store.exists(SUCCESS)
+    images, rejected = totals(plan, commits)
+    done = is_finished(store, plan)
     who = owner(store)
     phase = "complete" if done else "running" if who else "stopped; run the same command to go on"
     damaged = [fault for c in commits for f in c.files if (fault := _fault(store, f))] if verify else []
     return JobStatus(
         planned=plan.images,
-        ended=sum(c.planned for c in commits),
-        rejected=sum(c.rejected for c in commits),
+        ended=images + rejected,
+        rejected=rejected,
         shards=plan.shards,
         committed=len(commits),
         phase=phase,

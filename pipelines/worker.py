@@ -26,6 +26,7 @@ from diffray.model.request import ImageRequest
 from .attempts import Attempts
 from .commit import Commit, Made, Outcome, Output, Rejected, commit_path, read_commit, write_commit
 from .config import Encoding, JobConfig, ModelOptions
+from .lock import check_owner
 from .models import Models
 from .plan import read_shard
 from .rows import PlannedImage
@@ -106,6 +107,7 @@ class Worker:
                 outcomes += await self._together(ready, attempts, timings)
         timings["shard_seconds"] = time.monotonic() - started
         facts = {name: round(seconds, 4) for name, seconds in sorted(timings.items())}
+        await asyncio.to_thread(check_owner, self._store, self._run)
         return await asyncio.to_thread(
             write_commit, self._store, number, shard, outcomes, self._output, facts
         )

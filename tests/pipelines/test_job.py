@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,11 @@ class CrashingStore(Store):
         self._counting = threading.Lock()
 
     def next_call(self) -> int:
-        """The number of this call; records are read by several threads at once."""
+        """The number of this call; records are read by several threads at once. The dead call nothing."""
         with self._counting:
             self.calls += 1
+            if 0 < self.at < self.calls:
+                raise Crash
             return self.calls
 
 
@@ -61,6 +62,14 @@ def _crashing(name: str) -> None:
 
 for _name in ("read", "exists", "list", "write", "put_if_absent", "remove"):
     _crashing(_name)
+
+
+def _one_then_crash(
+    config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
+) -> Iterator[tuple[int, int]]:
+    [share] = shares
+    yield from in_process(config, number, store, models, [replace(share, shards=share.shards[:1])])
+    raise Crash
 
 
 def in_turn(
@@ -138,10 +147,76 @@ def test_a_changed_job_is_refused_and_the_change_is_shown(
     assert place.bytes() == before
 
 
-def test_a_changed_input_is_refused(place: Place) -> None:
+def test_a_row_that_changed_is_refused_and_shown(place: Place) -> None:
     place.job(place.write(TABLE))
-    with pytest.raises(JobConflict, match=r"input\.0\.sha256"):
-        place.job(place.write(TABLE + "more,1,,\n"))
+    before = place.bytes()
+    for table, shown in (
+        (TABLE.replace("p,2,,a", "p,2,,other"), "lacks 2 images that were planned"),
+        ("id,prompt,n\nx,one,1\n", "columns changed: label: string -> None"),
+    ):
+        with pytest.raises(JobConflict, match=shown):
+            place.job(place.write(table))
+    assert place.bytes() == before
+    place.job(place.write("id,prompt,steps\nx,one,4\ny,two,4\n", "ids.csv"), "ids")
+    with pytest.raises(JobConflict) as conflict:
+        place.job(place.write("id,prompt,steps\nx,one,9\ny,two,4\n", "ids.csv"), "ids")
+    assert "image x-0 (ids.csv:2) changed" in str(conflict.value)
+    assert conflict.value.args[0].splitlines()[1:] == ["  steps: 4 -> 9"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_input_that_grew_continues(place: Place, finished: bool) -> None:
+    """More rows, a new file before the old one, a repeated row: the images are those of one large job."""
+    (place.path / "in").mkdir()
+    place.write(TABLE, "in/m.csv")
+    config = place.config(str(place.path / "in"))
+    if finished:
+        place.run(config)
+    else:
+        with pytest.raises(Crash):
+            place.run(config, generate=_one_then_crash)
+    first = {row["id"]: row["sha256"] for row in place.rows()}
+    begun = Counter(place.begun())
+    place.write(TABLE + "r,3,,e\nbad too,1,y,f\np,2,,a\n", "in/m.csv")
+    place.write("prompt,n,width,label\nz,1,,g\n", "in/a.csv")
+    grown = place.run(config, take_over=not finished)
+    assert (grown.images, grown.rejected) == (5 + 3 + 2 + 1, 3)
+    assert not Counter(place.begun()) - begun & begun if finished else True
+    place.run(place.config(str(place.path / "in"), "whole"))
+    rows, whole = ({r["id"]: r["sha256"] for r in place.rows(name)} for name in ("out", "whole"))
+    assert rows == whole
+    assert first.items() <= rows.items()
+    totals = json.loads((place.path / "out/_diffray/SUCCESS.json").read_text())
+    assert (totals["planned"], totals["images"], totals["rejected"]) == (14, 11, 3)
+    assert place.run(config).made == 0
+
+
+def test_a_shuffled_input_is_the_same_input(place: Place) -> None:
+    table = place.write("id,prompt\na,x\nb,y\n")
+    place.job(table)
+    begun = place.begun()
+    assert place.job(place.write("id,prompt\nb,y\na,x\n")).made == 0
+    assert place.begun() == begun
+
+
+def test_crash_at_every_storage_call_of_a_growing_job(place: Place) -> None:
+    small, large = "prompt\np\nq\n", "prompt\np\nq\nr\ns\nt\n"
+
+    def job(name: str, table: str, store: Store | None = None, **more: bool) -> None:
+        config = place.config(place.write(table, f"{name}.csv"), name, shards={"images": 2}, contact_sheet=1)
+        place.run(config, store=store, generate=in_turn, **more)
+
+    job("clean", small)
+    counting = CrashingStore(str(place.path / "clean"), -1, False)
+    job("clean", large, counting)
+    for at in range(1, counting.calls + 1):
+        name = f"crashed{at}"
+        job(name, small)
+        with pytest.raises(Crash):
+            job(name, large, CrashingStore(str(place.path / name), at, at % 2 == 0))
+        job(name, large, take_over=True)
+        assert place.bytes(name) == place.bytes("clean"), f"crash at call {at}"
+        shutil.rmtree(place.path / name)
 
 
 def test_workers_may_change_between_resumptions(place: Place) -> None:
@@ -157,36 +232,6 @@ def test_foreign_files_are_never_touched(place: Place) -> None:
     with pytest.raises(JobConflict, match=r"thesis\.doc"):
         place.job(table)
     assert (place.path / "out" / "thesis.doc").read_text() == "mine"
-
-
-def test_a_second_driver_is_told_who_owns_the_output(place: Place) -> None:
-    table = place.write(TABLE)
-    seen = []
-
-    def meanwhile(
-        config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
-    ) -> Iterator[tuple[int, int]]:
-        with pytest.raises(JobConflict, match=f"process {os.getpid()} on {socket.gethostname()}"):
-            place.job(table)
-        seen.append(job_status(config.output).phase)
-        yield from in_process(config, number, store, models, shares)
-
-    place.run(place.config(table), generate=meanwhile)
-    assert seen == ["running"]
-    assert job_status(str(place.path / "out")).phase == "complete"
-
-
-def test_the_lock_of_a_dead_process_is_taken_over_and_that_of_another_host_is_not(place: Place) -> None:
-    store = Store(str(place.path / "out"))
-    table = place.write(TABLE)
-    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "since": "then"}
-    store.write("_diffray/locks/00001.json", json.dumps(dead).encode())
-    assert place.job(table).images == 5
-    other = place.config(table, "other")
-    Store(other.output).write("_diffray/locks/00001.json", json.dumps({**dead, "host": "elsewhere"}).encode())
-    with pytest.raises(JobConflict, match="elsewhere"):
-        place.run(other)
-    assert place.run(other, take_over=True).images == 5
 
 
 def test_a_row_that_breaks_its_worker_is_rejected_and_its_neighbours_are_not(place: Place) -> None:
@@ -257,7 +302,7 @@ def test_a_damaged_record_is_never_taken_for_absent(place: Place) -> None:
     place.job(table)
     out = place.path / "out"
     (out / "_diffray/SUCCESS.json").unlink()
-    for name in ("commits/00001.json", "plan.json", "job.json"):
+    for name in ("commits/00001.json", "plans/00001.json", "job.json"):
         path: Path = out / "_diffray" / name
         whole = path.read_text()
         path.write_text(whole[: len(whole) // 2])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diffray.model.errors import StorageError
 from diffray.pipelines import Store
 
 
@@ -63,6 +64,6 @@ def test_nothing_is_left_over_and_it_travels(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_no_part(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     (tmp_path / "a").write_bytes(b"a file where a folder should be")
-    with pytest.raises(OSError, match="a"):
+    with pytest.raises(StorageError, match="EEXIST"):
         store.write("a/x", b"1")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "a"]
