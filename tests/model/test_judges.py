@@ -1,0 +1,213 @@
+"""Safety checker and CLIP score against diffusers and transformers, on small random weights in the true layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from diffray.model import CheckpointError
+from diffray.model.alignment import ClipScore
+from diffray.model.safety import SafetyChecker, weights_checksum
+from diffray.model.tokenizer import ClipTokenizer
+from diffray.model.vision import clip_pixels
+from tests.model.oracle import source_image
+
+SIDE = 28
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**TOWER, "image_size": SIDE, "patch_size": 14, "projection_dim": 16}
+PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+
+
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 255, (h, w, 3), dtype=np.uint8) for h, w in [(64, 64), (40, 90), (90, 41)]]
+    return [*map(Image.fromarray, noise), source_image(64, 48), Image.new("RGB", (20, 20), "red")]
+
+
+def test_pixels_equal_the_processor_of_transformers() -> None:
+    for picture in [*pictures(), pictures()[0].convert("RGBA"), pictures()[0].convert("L")]:
+        wanted = PROCESSOR(picture, return_tensors="pt")["pixel_values"]
+        assert torch.allclose(clip_pixels(picture, SIDE), wanted, atol=1e-5)
+
+
+# Safety checker --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def oracle() -> StableDiffusionSafetyChecker:
+    torch.manual_seed(0)
+    config = CLIPConfig(projection_dim=16, text_config={**TOWER, "vocab_size": 100}, vision_config=VISION)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    with torch.no_grad():
+        for name in ("concept_embeds", "special_care_embeds"):
+            getattr(checker, name).normal_()
+            getattr(checker, f"{name}_weights").uniform_(-0.1, 0.5)
+    return checker
+
+
+@pytest.fixture
+def folder(oracle: StableDiffusionSafetyChecker, tmp_path: Path) -> Path:
+    """As the SD 1.x repositories have it: the tower named twice, position ids stored."""
+    oracle.save_pretrained(tmp_path)
+    weights = {
+        key.replace("vision_model.", "vision_model.vision_model.", 1): tensor
+        for key, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    weights["vision_model.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def thresholds(folder: Path, concept: float, special: float) -> None:
+    """Shift the thresholds of a saved checker."""
+    weights = load_file(folder / "model.safetensors")
+    weights["concept_embeds_weights"] = torch.full((17,), concept)
+    weights["special_care_embeds_weights"] = torch.full((3,), special)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_verdicts_equal_diffusers(oracle: StableDiffusionSafetyChecker, folder: Path) -> None:
+    checker, seen = SafetyChecker(folder, device="cpu"), set()
+    original = oracle.concept_embeds_weights.clone()
+    for shift in (-0.3, 0.0, 0.3, 0.6):
+        with torch.no_grad():
+            oracle.concept_embeds_weights.copy_(original + shift)
+            checker.get_buffer("concept_embeds_weights").copy_(original + shift)
+        for picture in pictures():
+            pixels = PROCESSOR(picture, return_tensors="pt")["pixel_values"]
+            _, [wanted] = oracle(clip_input=pixels, images=torch.ones(1, 3, 4, 4))
+            before = picture.tobytes()
+            verdict = checker(picture)
+            assert verdict.nsfw == wanted
+            assert (verdict.nsfw_score > 0) == wanted
+            assert picture.tobytes() == before
+            seen.add(wanted)
+    with torch.no_grad():
+        oracle.concept_embeds_weights.copy_(original)
+    assert seen == {True, False}
+
+
+def test_special_care_lowers_the_bar(folder: Path) -> None:
+    picture = pictures()[0]
+    thresholds(folder, concept=0.0, special=2.0)
+    alone = SafetyChecker(folder, device="cpu")(picture).nsfw_score
+    thresholds(folder, concept=0.0, special=-2.0)
+    assert SafetyChecker(folder, device="cpu")(picture).nsfw_score == pytest.approx(alone + 0.01, abs=1.1e-3)
+
+
+def test_the_checker_is_found_in_a_pipeline_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pipeline = tmp_path_factory.mktemp("pipeline")
+    (pipeline / "safety_checker").symlink_to(folder)
+    wanted = SafetyChecker(folder, device="cpu")(pictures()[0])
+    assert SafetyChecker(pipeline, device="cpu")(pictures()[0]) == wanted
+    assert weights_checksum(str(pipeline)) == weights_checksum(str(folder))
+
+
+def _without(weights: dict[str, torch.Tensor], key: str) -> None:
+    del weights[key]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w: w.pop("visual_projection.weight"), "missing tower.visual_projection.weight"),
+        (lambda w: w.pop("concept_embeds"), "no safety checker"),
+        (lambda w: w.update(extra=torch.ones(1)), "unexpected extra"),
+        (lambda w: w.update({"visual_projection.weight": torch.ones(16, 31)}), "expected"),
+        (lambda w: w.update({"visual_projection.weight": torch.full((16, 32), float("nan"))}), "not finite"),
+    ],
+)
+def test_damaged_weights_are_refused(folder: Path, damage: Any, message: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    damage(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        SafetyChecker(folder, device="cpu")
+
+
+def test_what_is_no_folder_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(CheckpointError, match="looked in"):
+        SafetyChecker("/no/such/folder")
+    with pytest.raises(CheckpointError, match="got a file"):
+        SafetyChecker(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        SafetyChecker(tmp_path_factory.mktemp("empty"))
+
+
+def test_the_checksum_follows_the_weights(folder: Path) -> None:
+    before = weights_checksum(str(folder))
+    assert before == weights_checksum(str(folder))
+    thresholds(folder, concept=0.123, special=1.0)
+    assert weights_checksum(str(folder)) != before
+
+
+# CLIP score ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ClipTokenizer:
+    from diffray.model.source import embedded
+
+    return ClipTokenizer.from_folder(embedded() / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tokenizer: ClipTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("clip")
+    text = {
+        **TOWER,
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": 16,
+        "projection_dim": 16,
+        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
+    }
+    CLIPModel(CLIPConfig(projection_dim=16, text_config=text, vision_config=VISION)).save_pretrained(path)
+    for name, content in tokenizer.files().items():
+        (path / name).write_text(content)
+    return path
+
+
+def test_scores_equal_transformers(clip_folder: Path, tokenizer: ClipTokenizer) -> None:
+    mine, wanted = ClipScore(clip_folder, device="cpu"), CLIPModel.from_pretrained(clip_folder).eval()
+    for prompt in ("a red circle", "a large blue star on a green background", ""):
+        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id]])
+        for picture in pictures():
+            pixels = PROCESSOR(picture, return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                found = wanted(input_ids=ids, pixel_values=pixels)
+            cosine = (found.logits_per_image / wanted.logit_scale.exp()).item()
+            assert mine(picture, prompt) == pytest.approx(100 * max(cosine, 0), abs=1e-3)
+
+
+def test_weights_in_the_prompt_do_not_count_and_long_ones_are_cut(clip_folder: Path) -> None:
+    score, picture = ClipScore(clip_folder, device="cpu"), pictures()[3]
+    assert score(picture, "a (red:1.4) [circle]") == score(picture, "a red circle")
+    assert score(picture, "red " * 14) == score(picture, "red " * 400)
+
+
+def test_a_clip_folder_must_be_whole(clip_folder: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(clip_folder / name)
+    config = json.loads((clip_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "vision_config": {**VISION, "hidden_size": 64}})
+    )
+    with pytest.raises(CheckpointError, match="expected"):
+        ClipScore(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no CLIP model"):
+        ClipScore(tmp_path, device="cpu")
