@@ -111,9 +111,14 @@ class PromptFilter:
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> PromptFilter:
-        """One term per line in UTF-8; empty lines and those that start with # are skipped."""
+        """The list in a file, see `terms`."""
+        return cls(cls.terms(path))
+
+    @staticmethod
+    def terms(path: str | PathLike[str]) -> tuple[str, ...]:
+        """The terms in a file: one per line in UTF-8; empty lines and those that start with # are skipped."""
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        return cls(term for line in lines if (term := line.strip()) and not term.startswith("#"))
+        return tuple(term for line in lines if (term := line.strip()) and not term.startswith("#"))
 
     def match(self, text: str) -> str | None:
         """The first blocked term that the text contains, as the list spells it; None when it is clean."""

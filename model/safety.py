@@ -18,7 +18,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .errors import CheckpointError
 from .vision import JudgeFolder, clip_pixels, judge_device
-from .vision import weights_checksum as weights_checksum
 
 CARE = 0.01
 """Added to every concept's score when a special-care concept (children) is near."""

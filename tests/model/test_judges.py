@@ -17,9 +17,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from diffray.model import CheckpointError
 from diffray.model.alignment import ClipScore
-from diffray.model.safety import SafetyChecker, weights_checksum
+from diffray.model.safety import SafetyChecker
 from diffray.model.tokenizer import ClipTokenizer
-from diffray.model.vision import clip_pixels
+from diffray.model.vision import clip_pixels, weights_checksum
 from tests.model.oracle import source_image
 
 SIDE = 28

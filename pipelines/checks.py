@@ -1,0 +1,114 @@
+"""The part of a job's config that says how prompts and pictures are checked; `scores.py` does it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from diffray.model.checks import PromptFilter
+
+from .strict import Strict
+
+MEASURES = {
+    "blank": "bool",
+    "brightness": "float",
+    "contrast": "float",
+    "sharpness": "float",
+    "phash": "text",
+}
+NETWORKS = {"clip_score": "float", "nsfw": "bool", "nsfw_score": "float"}
+RESERVED = (
+    "id",
+    "row_id",
+    "index",
+    "image",
+    "file_name",
+    "sha256",
+    "model",
+    "model_checksum",
+    "thumbnail",
+    "shown",
+)
+"""Columns that no scorer of one's own can have."""
+
+
+def _terms(value: Any) -> Any:
+    """A block-list, read from its file if it is a path."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return PromptFilter.terms(value)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read: {error}") from None
+
+
+def _usable(terms: tuple[str, ...]) -> tuple[str, ...]:
+    PromptFilter(terms)
+    return terms
+
+
+Terms = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_terms, json_schema_input_type=str | list[str]),
+    AfterValidator(_usable),
+]
+
+
+class Scorer(Strict):
+    """A scorer of one's own: code that looks at every picture and says something about it."""
+
+    call: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+    """"package.module:name" of a function `(image, request) -> mapping`, or of a class whose objects are called so.
+
+    Workers import it, so it has to be installed, or on PYTHONPATH, where they run.
+    """
+    columns: dict[str, Literal["float", "int", "bool", "text"]] = Field(min_length=1)
+    """What it answers: column names and types."""
+    options: dict[str, Any] = Field(default={})
+    """Keyword arguments: of every call of a function, or of making the one object of a class."""
+    on_error: Literal["null", "reject"] = "null"
+    """What becomes of an image at which it fails: its columns stay empty, or the image is rejected."""
+
+
+class Checks(Strict):
+    """What is looked at in every prompt and picture; answers become columns, what is refused is a rejected row."""
+
+    block: Terms = ()
+    """Words and phrases that no prompt may contain, or the path of a file with one per line."""
+    blank: Literal["reject", "keep"] = "reject"
+    """What becomes of a picture of one single colour. "keep" is for prompts that ask for it."""
+    blank_tolerance: int = Field(default=0, ge=0, le=255)
+    """Levels that each channel of a blank picture may still span."""
+    measures: bool = False
+    """Columns `blank`, `brightness`, `contrast`, `sharpness` and `phash`."""
+    near_duplicates: int | None = Field(default=None, ge=0, le=16)
+    """Column `phash`, and a table `duplicates.parquet` of the images that differ by at most this many of its 64 bits
+    from an earlier one. 4 finds re-encoded and slightly changed pictures, above 10 unlike ones appear."""
+    clip: str | None = None
+    """Path, URL or hub id of a CLIP model (a folder, safetensors): column `clip_score`, prompt against picture."""
+    safety: str | None = None
+    """The same of Stable Diffusion's safety checker: columns `nsfw` and `nsfw_score`. Pictures are never changed."""
+    flagged: Literal["keep", "reject"] = "keep"
+    """What becomes of a picture that the safety checker flags."""
+    scorers: tuple[Scorer, ...] = ()
+    """Scorers of one's own, in the order they are asked."""
+    limits: dict[str, tuple[float | None, float | None]] = Field(default={})
+    """Column to the least and the most it may be (null: any); a picture outside is rejected. An empty one passes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        own = [name for scorer in self.scorers for name in scorer.columns]
+        double = sorted({n for n in own if own.count(n) > 1 or n in {*MEASURES, *NETWORKS, *RESERVED}})
+        if double:
+            raise ValueError(f"scorers: columns {', '.join(double)} are there already")
+        numbers = {n for s in self.scorers for n, kind in s.columns.items() if kind in ("float", "int")}
+        numbers |= {n for n, kind in MEASURES.items() if kind == "float"} if self.measures else set()
+        numbers |= ({"clip_score"} if self.clip else set()) | ({"nsfw_score"} if self.safety else set())
+        if unknown := sorted(self.limits.keys() - numbers):
+            raise ValueError(
+                f"limits: no number columns {', '.join(unknown)}, there are {', '.join(sorted(numbers)) or 'none'}"
+            )
+        if self.flagged == "reject" and not self.safety:
+            raise ValueError("flagged: reject needs safety")
+        return self
