@@ -7,6 +7,7 @@
 Read `job.py` first.
 """
 
+from . import arrival  # noqa: F401  first of all, it takes the time
 from .config import Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
 from .job import JobResult, run
 from .models import Models, OpenModel

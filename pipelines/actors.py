@@ -1,7 +1,8 @@
-"""Generating on Ray: a dataset of one row per shard, through a pool of engine actors.
+"""Generating on Ray: pools of engine actors, which make whole shards.
 
-Images never travel: an actor writes its shard itself and hands back one small row. A dead process is
-restarted by Ray and its shards are replayed, which is safe because a shard's commit is idempotent.
+Images never travel: an actor writes its shard itself and hands back two counts. Ray restarts and retries
+nothing here; a dead actor's shards go back to the driver's backlog (`pools.py`), which is safe because a
+shard's commit is idempotent.
 """
 
 from __future__ import annotations
@@ -12,139 +13,178 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffray.model.errors import DiffrayError, JobError
 
-from .config import JobConfig
-from .models import Models
+from .arrival import ARRIVED
+from .config import JobConfig, ModelOptions, Workers
+from .metrics import ImageMeter
+from .models import Models, shown_name
+from .pools import Arrived, Ended, Pools, Pulse
 from .store import Store
+from .tally import Reading
 from .worker import Share, Task, Worker, WorkerBroken
 
 CORES_PER_ENGINE = 8
 """On CPU one engine gains little from more cores than this."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Size of the actor pool, and what each actor takes: GPUs, or CPU cores where there are none."""
-
-    actors: int
-    cpus: float
-    gpus: float
+SURVEY_EVERY = 5.0
+"""Seconds between two looks at what the cluster has."""
 
 
 class ShardActor:
-    """The class that Ray Data runs: `Worker` in an actor."""
+    """`Worker` in an actor. Errors travel as pickled data: Ray would hand on the text of a traceback only."""
 
     def __init__(self, task: Task, store: Store, models: Models, threads: int | None) -> None:
-        self._error: DiffrayError | None = None
+        imported = time.monotonic()
+        self._failure: bytes | None = None
         try:
             if threads:
                 import torch
 
                 torch.set_num_threads(threads)
-            self._worker = Worker(task, store, models)
+            self._worker = Worker(task, store, models, ImageMeter(shown_name(task.model.source)))
         except Exception as error:
-            self._error = _reportable(error)
+            self._failure = _reportable(error)
+        self._imports = imported - ARRIVED
 
-    async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
-        for shard in batch["shard"]:
-            # Errors travel as data: an exception would reach the driver as the text of a traceback only.
-            images, rejected, failure = 0, 0, self._error
-            try:
-                if failure is None:
-                    commit = await self._worker.make(int(shard))
-                    images, rejected = commit.images, commit.rejected
-            except WorkerBroken as error:
-                # Ray would send the retry to this same broken process, so it has to go.
-                print(f"worker gives up: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
-            except Exception as error:
-                failure = _reportable(error)
-            yield {"images": [images], "rejected": [rejected], "failure": [pickle.dumps(failure)]}
+    async def arrived(self) -> Arrived:
+        """Where it is and how long its start took."""
+        import ray
+
+        if self._failure is not None:
+            return Arrived(failure=self._failure)
+        context: Any = ray.get_runtime_context()
+        labels: Mapping[str, str] = context.get_node_labels()
+        accelerator = (
+            labels.get("ray.io/accelerator-type", "") if context.get_accelerator_ids().get("GPU") else ""
+        )
+        seconds = time.monotonic() - ARRIVED
+        return Arrived(context.get_node_id(), accelerator, self._imports, self._worker.start, seconds)
+
+    async def make(self, shard: int) -> tuple[tuple[int, int] | None, bytes | None]:
+        """(images, rejected) of a shard that is now final, or None if it was given back; and an error."""
+        try:
+            commit = await self._worker.make(shard)
+        except WorkerBroken as error:
+            print(f"worker gives up: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # whatever else this process holds is not to be trusted
+        except Exception as error:
+            return None, _reportable(error)
+        return (commit.images, commit.rejected) if commit else None, None
+
+    async def give_back(self, shard: int) -> None:
+        """Stop making a shard if it is not nearly final; `make` says which."""
+        self._worker.give_back(shard)
+
+    async def reading(self) -> Reading:
+        """What was done so far."""
+        return self._worker.tally.reading()
 
 
 def generate_on_ray(
     config: JobConfig, run: int, store: Store, models: Models, shares: Sequence[Share]
-) -> Iterator[tuple[int, int]]:
-    """Make shards on the cluster; yields (images, rejected) of each as it is committed.
+) -> Iterator[Ended | Pulse]:
+    """Make every share's shards on the cluster; yields each as it is committed, and how the pools are.
 
     Raises:
         DiffrayError: whatever stopped a worker, as it was raised there.
-        JobError: anything else that stopped the job.
+        JobError: no worker starts, or anything else that stopped the job.
     """
     import ray
-    import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError
 
-    [(model, shards)] = [(share.model, share.shards) for share in shares]
-    with _Cluster(config):
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        pool = _pool(config, resources, len(shards))
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.execution_no_progress_timeout_s = -1  # a shard may honestly take hours on a CPU
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        threads = None if pool.gpus else max(1, int(pool.cpus))
-        source = ray.data.from_items([{"shard": n} for n in shards], override_num_blocks=len(shards))
-        dataset = source.map_batches(
-            ShardActor,
-            fn_constructor_args=(Task(config, run, model), store, models, threads),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(
-                min_size=1,
-                max_size=pool.actors,
-                initial_size=pool.actors,
-                max_tasks_in_flight_per_actor=2 * config.workers.shards_in_flight,
-                max_concurrent_calls_per_actor=config.workers.shards_in_flight,
-            ),
-            num_cpus=None if pool.gpus else pool.cpus,
-            num_gpus=pool.gpus or None,
-            udf_modifying_row_count=False,
+    with _Cluster(config.workers.address):
+        size = Size(config.workers, config.model.device)
+
+        def launch(model: ModelOptions) -> Any:
+            actor = ray.remote(ShardActor).options(**size.options)
+            return actor.remote(Task(config, run, model), store, models, size.threads)
+
+        pools = Pools(
+            shares,
+            launch,
+            most=size.most,
+            least=config.workers.least,
+            patience=config.workers.start_timeout,
+            in_flight=config.workers.shards_in_flight,
         )
         try:
-            for row in dataset.iter_rows():
-                if (failure := pickle.loads(row["failure"])) is not None:
-                    raise failure
-                yield int(row["images"]), int(row["rejected"])
+            yield from pools.run()
         except RayError as error:
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             raise JobError(f"Ray stopped the job: {type(error).__name__}: {first}") from error
 
 
-def _pool(config: JobConfig, resources: Mapping[str, float], shards: int) -> Pool:
-    """How many actors of which size fit the cluster; never more than there are shards."""
-    workers, device = config.workers, config.model.device
-    gpus, cpus = resources.get("GPU", 0.0), max(1.0, resources.get("CPU", 1.0))
-    wants_gpu = gpus > 0 and device != "cpu" if workers.gpus is None else workers.gpus > 0
-    if wants_gpu:
-        each = workers.gpus or 1.0
-        if gpus < each:
-            raise JobError(f"each actor asks for {each:g} GPU, the cluster has {gpus:g}")
-        return Pool(max(1, min(workers.actors or int(gpus / each), shards)), 0.0, each)
-    if device.startswith("cuda"):
-        raise JobError(f"device {device} asked for, but the cluster has no GPU")
-    actors = workers.actors or max(1, int(cpus / (workers.cpus or CORES_PER_ENGINE)))
-    actors = max(1, min(actors, shards))
-    each = workers.cpus or max(1.0, cpus // actors)
-    if each > cpus:
-        raise JobError(f"each actor asks for {each:g} CPU cores, the cluster has {cpus:g}")
-    return Pool(actors, each, 0.0)
+class Size:
+    """What each engine takes of the cluster, and how many there may be.
+
+    Attributes:
+        options: Ray's options of an actor.
+        threads: torch threads of an engine on CPU, or None.
+
+    Raises:
+        JobError: the cluster has nothing of what each engine is to take, and none was asked to come.
+    """
+
+    def __init__(self, workers: Workers, device: str) -> None:
+        self._workers = workers
+        self._seen: tuple[float, int] | None = None
+        resources = _resources()
+        gpus, cpus = resources.get("GPU", 0.0), max(1.0, resources.get("CPU", 1.0))
+        wants_gpu = gpus > 0 and device != "cpu" if workers.gpus is None else workers.gpus > 0
+        if device.startswith("cuda") and not wants_gpu:
+            raise JobError(f"device {device} asked for, but the cluster has no GPU")
+        if wants_gpu:
+            self._kind, self._each, self.threads = "GPU", workers.gpus or 1.0, None
+            taken: dict[str, float] = {"num_gpus": self._each, "num_cpus": workers.cpus or 0}
+        else:
+            most = workers.most or max(1, int(cpus / (workers.cpus or CORES_PER_ENGINE)))
+            self._kind, self._each = "CPU", workers.cpus or max(1.0, cpus // most)
+            self.threads = max(1, int(self._each))
+            taken = {"num_cpus": self._each}
+        if self._each > resources.get(self._kind, 0.0) and not workers.most:
+            raise JobError(
+                f"each engine asks for {self._each:g} {self._kind}, the cluster has "
+                f"{resources.get(self._kind, 0.0):g}; name how many engines to wait for with workers.actors"
+            )
+        where: dict[str, Any] = {
+            "accelerator_type": workers.accelerator,
+            "label_selector": workers.labels or None,
+        }
+        self.options: dict[str, Any] = {
+            **taken,
+            **{name: value for name, value in where.items() if value},
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+
+    def most(self) -> int:
+        """As many as the job says, else as fit the cluster as it is now."""
+        if self._workers.most:
+            return self._workers.most
+        now = time.monotonic()
+        if self._seen is None or now - self._seen[0] > SURVEY_EVERY:
+            self._seen = now, max(1, int(_resources().get(self._kind, 0.0) / self._each))
+        return self._seen[1]
+
+
+def _resources() -> dict[str, float]:
+    import ray
+
+    resources: Callable[[], dict[str, float]] = ray.cluster_resources
+    return resources()
 
 
 class _Cluster:
     """Ray, connected for the time of a job; what was up before stays up."""
 
-    def __init__(self, config: JobConfig) -> None:
-        self._address = config.workers.address
+    def __init__(self, address: str | None) -> None:
+        self._address = address
         self._mine = False
 
     def __enter__(self) -> None:
@@ -172,8 +212,8 @@ class _Cluster:
             os.environ.pop("RAY_AUTH_MODE", None)  # Ray leaves it behind, and a next cluster would read it
 
 
-def _reportable(error: Exception) -> DiffrayError:
+def _reportable(error: Exception) -> bytes:
     """An error that can travel to the driver, with the worker's traceback as a note for `--debug`."""
     known = error if isinstance(error, DiffrayError) else JobError(f"{type(error).__name__}: {error}")
     known.add_note("in a worker:\n" + "".join(traceback.format_exception(error)))
-    return known
+    return pickle.dumps(known)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffray.model.errors import DiffrayError
 
@@ -53,15 +54,44 @@ class ShardLimits(Strict):
     """Sum of width x height x steps. The default is about 60 SDXL images at 30 steps."""
 
 
+class Between(Strict):
+    """A least and a most; text such as "2-16" is understood too."""
+
+    min: int = Field(default=1, ge=1)
+    """Engines without which the job is given up, after `start_timeout`."""
+    max: int = Field(ge=1)
+    """Engines at most."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", value) if isinstance(value, str) else None
+        return {"min": int(match[1]), "max": int(match[2])} if match else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
 class Workers(Strict):
     """How the work is spread. Changes nothing in the output, so it may differ between resumptions."""
 
-    actors: int | None = Field(default=None, ge=1)
-    """At most this many engines; None takes one per GPU, or one per eight CPU cores."""
+    actors: Annotated[int, Field(ge=1)] | Between | None = None
+    """At most this many engines, or a range such as 2-16; None takes one per GPU, or one per eight CPU cores, as
+    many as the cluster has at any moment. A number that does not fit yet waits for the cluster to grow."""
     cpus: float | None = Field(default=None, gt=0)
     """CPU cores, and torch threads, of an actor without a GPU; None divides the cluster's evenly."""
     gpus: float | None = Field(default=None, ge=0)
-    """GPUs per actor; None takes 1 where the cluster has any and the device allows it."""
+    """GPUs per actor, a fraction for several on one; None takes 1 where the cluster has any and the device
+    allows it."""
+    accelerator: str | None = None
+    """Only nodes with this accelerator, by Ray's name for it (`H100`, `L4`, ...)."""
+    labels: dict[str, str] = {}
+    """Only nodes with these Ray labels; a value may be a condition, such as `in(H100,H200)` or `!L4`."""
+    start_timeout: float = Field(default=1800.0, gt=0)
+    """Seconds that the job goes on with fewer engines up than the least it wants (one, unless `actors` says)."""
     shards_in_flight: int = Field(default=4, ge=1, le=64)
     """Shards that one actor works on at once, so that its engine never runs dry between two."""
     crashes: int = Field(default=3, ge=1, le=20)
@@ -70,6 +100,16 @@ class Workers(Strict):
     """Seconds without any finished step or image after which a worker counts as hanging and is replaced."""
     address: str | None = None
     """Ray cluster to connect to; None starts Ray on this machine unless it is already up."""
+
+    @property
+    def most(self) -> int | None:
+        """Engines at most; None for as many as fit."""
+        return self.actors.max if isinstance(self.actors, Between) else self.actors
+
+    @property
+    def least(self) -> int:
+        """Engines without which the job is given up."""
+        return self.actors.min if isinstance(self.actors, Between) else 1
 
 
 class JobConfig(Strict):

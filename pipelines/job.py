@@ -24,13 +24,14 @@ from .growth import grow
 from .lock import Lock
 from .models import Models
 from .plan import Plan, read_plan, write_plan
+from .pools import Pulse
 from .progress import Progress, Silent
 from .report import SUCCESS, finish, is_finished
 from .source import Source
 from .store import Store
 from .worker import Share
 
-Generate = Callable[[JobConfig, int, Store, Models, Sequence[Share]], Iterator[tuple[int, int]]]
+Generate = Callable[[JobConfig, int, Store, Models, Sequence[Share]], Iterator[tuple[int, int] | Pulse]]
 """Makes the shards of each model and yields (images, rejected) of each one, as `generate_on_ray` does."""
 
 
@@ -128,8 +129,11 @@ def _generate(
     images, rejected = totals(plan, before)
     progress.start(plan.images, images + rejected, rejected)
     try:
-        for images, rejected in generate(config, lock.run, store, models, [Share(config.model, pending)]):
-            progress.advance(images, rejected)
+        for event in generate(config, lock.run, store, models, [Share(config.model, pending)]):
+            if isinstance(event, Pulse):
+                progress.pulse(event)
+            else:
+                progress.advance(*event)
     finally:
         progress.stop()
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from .pools import Pulse
+
 LINE_EVERY = 10.0
 """Seconds between two plain lines."""
 
@@ -23,6 +25,9 @@ class Progress(Protocol):
     def advance(self, images: int, rejected: int) -> None:
         """A shard was committed with so many images and rejected rows."""
 
+    def pulse(self, pulse: Pulse) -> None:
+        """How the engines are, about once a second."""
+
     def stop(self) -> None:
         """Nothing more will come."""
 
@@ -33,6 +38,8 @@ class Silent:
     def start(self, total: int, done: int, rejected: int) -> None: ...
 
     def advance(self, images: int, rejected: int) -> None: ...
+
+    def pulse(self, pulse: Pulse) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -51,6 +58,8 @@ class Lines:
         self._rejected += rejected
         if time.monotonic() - self._last >= LINE_EVERY or self._done == self._total:
             self._say()
+
+    def pulse(self, pulse: Pulse) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -93,6 +102,8 @@ class Terminal:
         self._rejected += rejected
         rate = self._made / (time.monotonic() - self._began)
         self._bar.update(self._task, advance=images + rejected, rejected=self._rejected, rate=rate)
+
+    def pulse(self, pulse: Pulse) -> None: ...
 
     def stop(self) -> None:
         self._bar.stop()

@@ -31,6 +31,8 @@ from .models import Models
 from .plan import read_shard
 from .rows import PlannedImage
 from .store import Store
+from .tables import PlanShard
+from .tally import ENCODE, ENGINE, STORE, Meter, Tally
 
 MODEL = "_diffray/model.json"
 ENCODERS = 4
@@ -62,13 +64,27 @@ class Share:
 class Worker:
     """Makes shards with one engine.
 
+    Args:
+        meter: told about every image as it ends.
+
+    Attributes:
+        start: seconds that fetching and loading the model took.
+        tally: what was done so far.
+
     Raises:
         JobConflict: the model is not the one that the job's other workers have.
     """
 
-    def __init__(self, task: Task, store: Store, models: Models) -> None:
+    def __init__(self, task: Task, store: Store, models: Models, meter: Meter | None = None) -> None:
         self._config, self._run, self._store = task.config, task.run, store
+        began = time.monotonic()
+        models.fetch(task.model)
+        fetched = time.monotonic()
         self._model = models.open(task.model)
+        self.start = {"fetch": fetched - began, "load": time.monotonic() - fetched}
+        self.tally = Tally(self._model.engine.batch_size, meter)
+        self._making: dict[int, asyncio.Future[Any]] = {}
+        self._returned: set[int] = set()
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._turns = _Turns()
         encoding = task.config.encoding
@@ -85,32 +101,55 @@ class Worker:
         self._model.engine.close()
         self._encoders.shutdown()
 
-    async def make(self, number: int) -> Commit:
-        """Make one shard final; one that already is costs a look.
+    async def make(self, number: int) -> Commit | None:
+        """Make one shard final; one that already is costs a look. None when `give_back` came first.
 
         Raises:
             WorkerBroken: the process is not to be trusted any more.
         """
         if await asyncio.to_thread(self._store.exists, commit_path(number)):
             return await asyncio.to_thread(read_commit, self._store, number)
+        self.tally.begin(number)
+        self._making[number] = asyncio.ensure_future(self._made(number))
+        try:
+            shard, outcomes, timings = await self._making[number]
+            await asyncio.to_thread(check_owner, self._store, self._run)
+            with self.tally.inside(STORE, len(outcomes)):
+                return await asyncio.to_thread(
+                    write_commit, self._store, number, shard, outcomes, self._output, timings
+                )
+        except asyncio.CancelledError:
+            if number not in self._returned:
+                raise
+            return None
+        finally:
+            self._returned.discard(number)
+            del self._making[number]
+            self.tally.end(number)
+
+    def give_back(self, number: int) -> None:
+        """Stop making a shard, so that another worker can, unless its images are all made."""
+        if number in self._making and self._making[number].cancel():
+            self._returned.add(number)
+
+    async def _made(self, number: int) -> tuple[PlanShard, list[Outcome], dict[str, float]]:
+        """How every image of a shard ended, and the seconds spent by phase."""
         started = time.monotonic()
         shard = await asyncio.to_thread(read_shard, self._store, number)
         limit = self._config.workers.crashes
         attempts = await asyncio.to_thread(Attempts.read, self._store, number, self._run, limit)
-        outcomes, ready = _decided(shard.images, attempts)
+        decided, ready = _decided(shard.images, attempts)
+        for outcome in decided:
+            self.tally.rejected(number, outcome.stage)
         timings: dict[str, float] = defaultdict(float)
         if attempts.alone:
             async with self._turns.exclusive():
-                outcomes += await self._one_by_one(ready, attempts, timings)
+                made = await self._one_by_one(ready, attempts, timings)
         else:
             async with self._turns.shared():
-                outcomes += await self._together(ready, attempts, timings)
+                made = await self._together(ready, attempts, timings)
         timings["shard_seconds"] = time.monotonic() - started
-        facts = {name: round(seconds, 4) for name, seconds in sorted(timings.items())}
-        await asyncio.to_thread(check_owner, self._store, self._run)
-        return await asyncio.to_thread(
-            write_commit, self._store, number, shard, outcomes, self._output, facts
-        )
+        return shard, [*decided, *made], {name: round(spent, 4) for name, spent in sorted(timings.items())}
 
     async def _together(
         self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
@@ -119,9 +158,14 @@ class Worker:
             return []
         record = await asyncio.to_thread(attempts.begin)
         try:
-            return list(await asyncio.gather(*(self._one(image, timings) for image in images)))
+            return list(
+                await asyncio.gather(*(self._one(attempts.shard, image, timings) for image in images))
+            )
         except WorkerBroken as error:
             await asyncio.to_thread(attempts.blame, record, str(error))
+            raise
+        except asyncio.CancelledError:
+            await asyncio.to_thread(attempts.end_row, record)
             raise
 
     async def _one_by_one(
@@ -132,17 +176,32 @@ class Worker:
         for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
             record = await asyncio.to_thread(attempts.begin_row, image.id)
             try:
-                outcomes.append(await self._one(image, timings))
+                outcomes.append(await self._one(attempts.shard, image, timings))
             except WorkerBroken as error:
                 await asyncio.to_thread(attempts.blame, record, str(error))
+                raise
+            except asyncio.CancelledError:
+                await asyncio.to_thread(attempts.end_row, record)
                 raise
             await asyncio.to_thread(attempts.end_row, record)
         return outcomes
 
-    async def _one(self, image: PlannedImage, timings: dict[str, float]) -> Outcome:
+    async def _one(self, number: int, image: PlannedImage, timings: dict[str, float]) -> Outcome:
+        spent: dict[str, float] = {}
+        outcome = await self._outcome(image, spent)
+        for phase, seconds in spent.items():
+            timings[phase] += seconds
+        if isinstance(outcome, Made):
+            self.tally.made(number, spent)
+        else:
+            self.tally.rejected(number, outcome.stage)
+        return outcome
+
+    async def _outcome(self, image: PlannedImage, spent: dict[str, float]) -> Outcome:
         assert image.request is not None, "the plan's own rejections never come here"
         try:
-            result = await asyncio.wrap_future(self._model.engine.submit(image.request).future)
+            with self.tally.inside(ENGINE):
+                result = await asyncio.wrap_future(self._model.engine.submit(image.request).future)
         except InvalidRequest as error:
             return Rejected(image, "generate", error.field, error.reason, 1)
         except GenerationError as error:
@@ -151,16 +210,17 @@ class Worker:
             return Rejected(image, "generate", None, str(error), 1)
         except Exception as error:
             raise WorkerBroken(f"{type(error).__name__}: {error}") from error
-        for stage, seconds in result.timings.items():
-            timings[stage] += seconds
+        spent.update(result.timings)
         assert result.image is not None, "the plan lets only images through"
-        loop = asyncio.get_running_loop()
+        loop, began = asyncio.get_running_loop(), time.monotonic()
         try:
-            data = await loop.run_in_executor(
-                self._encoders, encoded, result.image, result.request, self._config.encoding
-            )
+            with self.tally.inside(ENCODE):
+                data = await loop.run_in_executor(
+                    self._encoders, encoded, result.image, result.request, self._config.encoding
+                )
         except (OSError, ValueError) as error:
             return Rejected(image, "encode", None, str(error), 1)
+        spent["encode"] = time.monotonic() - began
         return Made(image, result.request, data, hashlib.sha256(data).hexdigest())
 
     def _check_model(self) -> None:
@@ -192,9 +252,9 @@ def encoded(image: Image.Image, request: ImageRequest, encoding: Encoding) -> by
 
 def _decided(
     images: tuple[PlannedImage, ...], attempts: Attempts
-) -> tuple[list[Outcome], list[PlannedImage]]:
+) -> tuple[list[Rejected], list[PlannedImage]]:
     """What needs no engine any more (refused by the plan, or killers), and what does."""
-    outcomes: list[Outcome] = []
+    outcomes: list[Rejected] = []
     ready = []
     for image in images:
         if image.request is None:

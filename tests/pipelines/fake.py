@@ -88,6 +88,7 @@ class FakeTicket:
 
 class FakeEngine:
     rows = 2
+    batch_size = 2
 
     def __init__(self, log: str | None) -> None:
         self._log = log
@@ -107,6 +108,8 @@ class FakeEngine:
 
     def _run(self) -> None:
         while (ticket := self._queue.get()) is not None:
+            if not ticket.future.set_running_or_notify_cancel():
+                continue
             try:
                 ticket.future.set_result(self._make(ticket.request))
             except Exception as error:

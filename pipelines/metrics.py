@@ -1,0 +1,50 @@
+"""Figures for Prometheus and Ray's dashboard, under names that do not change. Ray puts `ray_` before them.
+
+    diffray_images_total{model}                 counter    images made
+    diffray_rejected_total{model, stage}        counter    rows that became no image; stage is plan, generate, encode
+    diffray_image_seconds{model, phase}         histogram  per image: queue, prepare, denoise, decode, encode
+    diffray_engine_occupancy{model}             gauge      share of an engine's image slots in use, 0..1
+    diffray_engines{state}                      gauge      engines starting and running
+    diffray_shards{state}                       gauge      shards waiting, running and committed
+
+The first four come from the process of each engine, and are ended images: what a crash undoes is counted again
+when it is made again. The last two come from the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
+"""Bounds of the histogram's buckets."""
+
+
+class ImageMeter:
+    """Told about every image of one engine; a `Meter` of `tally.py`."""
+
+    def __init__(self, model: str) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        tags = {"model": model}
+        self._images = Counter("diffray_images_total", "Images made", ("model",))
+        self._rejected = Counter("diffray_rejected_total", "Rows that became no image", ("model", "stage"))
+        self._seconds = Histogram(
+            "diffray_image_seconds", "Seconds of an image in a phase", SECONDS, ("model", "phase")
+        )
+        self._occupancy = Gauge("diffray_engine_occupancy", "Share of image slots in use", ("model",))
+        for metric in (self._images, self._rejected, self._seconds, self._occupancy):
+            metric.set_default_tags(tags)
+
+    def made(self, seconds: Mapping[str, float]) -> None:
+        """An image was made; seconds by phase."""
+        self._images.inc()
+        for phase, spent in seconds.items():
+            self._seconds.observe(spent, {"phase": phase})
+
+    def rejected(self, stage: str) -> None:
+        """A row was rejected."""
+        self._rejected.inc(tags={"stage": stage})
+
+    def occupancy(self, share: float) -> None:
+        """How full the engine is at this moment."""
+        self._occupancy.set(share)
