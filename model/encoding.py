@@ -141,10 +141,10 @@ def read_provenance(data: bytes) -> Provenance:
     """What an image file says about its making, diffray's own or AUTOMATIC1111's. The pixels are not decoded.
 
     Raises:
-        ValueError: not an image file that Pillow knows.
+        ValueError: not a PNG, JPEG or WebP file.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             info = dict(image.info)
             comments = [body for name, body in getattr(image, "applist", []) if name == "COM"]
             comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)

@@ -48,11 +48,19 @@ def picture_text(text: str, field: str, *, pixels: int) -> Image.Image:
     Raises:
         InvalidRequest: as `picture`, or the text is no base64.
     """
+    return picture(picture_bytes(text, field), field, pixels=pixels)
+
+
+def picture_bytes(text: str, field: str) -> bytes:
+    """What base64 text holds, with or without a `data:` prefix; nothing is decoded yet.
+
+    Raises:
+        InvalidRequest: the text is no base64.
+    """
     prefix = DATA_URI.match(text)
     if prefix is None and URL.match(text[:40]):
         raise InvalidRequest(field, "got a URL, allowed is base64 or a data: URI")
     try:
-        data = base64.b64decode("".join(text[prefix.end() if prefix else 0 :].split()), validate=True)
+        return base64.b64decode("".join(text[prefix.end() if prefix else 0 :].split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest(field, "got no base64") from error
-    return picture(data, field, pixels=pixels)

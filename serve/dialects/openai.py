@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -56,8 +57,7 @@ def router(service: Service) -> APIRouter:
         """An image made anew, or within a mask, by a prompt."""
         client = await service.client(http)
         body, files = await read_form(http, bodies.Edit, ("image", "mask"))
-        card = await service.model(body.model)
-        wanted = asked(body, card, _source(files, service.config.limits.source_pixels))
+        wanted = await _from_image(service, body, files)
         return await _answer(service, http, client, wanted, "image_edit")
 
     @routes.post(
@@ -69,9 +69,8 @@ def router(service: Service) -> APIRouter:
         """Images like a given one."""
         client = await service.client(http)
         body, files = await read_form(http, bodies.Variation, ("image",))
-        card = await service.model(body.model)
-        source = _source(files, service.config.limits.source_pixels)
-        return await _answer(service, http, client, asked(body, card, Source(source.image)), "image_edit")
+        wanted = await _from_image(service, body, files)
+        return await _answer(service, http, client, wanted, "image_edit")
 
     @routes.get("/models")
     async def models(http: Request) -> bodies.Models:
@@ -88,11 +87,20 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _source(files: Mapping[str, list[bytes]], pixels: int) -> Source:
-    """The picture and its mask out of a form's files."""
-    image = picture(one_file(files, "image"), "image", pixels=pixels)
-    mask = None if "mask" not in files else picture(one_file(files, "mask"), "mask", pixels=pixels)
-    return Source(image, mask_of(image, mask))
+async def _from_image(
+    service: Service, body: bodies.Edit | bodies.Variation, files: Mapping[str, list[bytes]]
+) -> Asked:
+    """What a form with pictures asks for; they are decoded and scaled beside the event loop."""
+    card, pixels = await service.model(body.model), service.config.limits.source_pixels
+
+    def prepared() -> Asked:
+        image = picture(one_file(files, "image"), "image", pixels=pixels)
+        if isinstance(body, bodies.Variation):
+            return asked(body, card, Source(image), pixels)
+        mask = picture(one_file(files, "mask"), "mask", pixels=pixels) if "mask" in files else None
+        return asked(body, card, Source(image, mask_of(image, mask)), pixels)
+
+    return await asyncio.to_thread(prepared)
 
 
 async def _answer(service: Service, http: Request, client: Client, wanted: Asked, kind: Kind) -> Response:
@@ -108,7 +116,7 @@ async def _answer(service: Service, http: Request, client: Client, wanted: Asked
         output_format=wanted.works[0].format,
         quality=wanted.quality,
         size=f"{finished[0].request.width}x{finished[0].request.height}",
-        usage=usage([f.request for f in finished], wanted.factor),
+        usage=usage(wanted, len(finished)),
         safety_identifier=wanted.safety_identifier,
     )
     return JSONResponse(answer.model_dump(exclude_none=True))

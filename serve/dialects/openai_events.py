@@ -70,7 +70,7 @@ def _common(index: int, data: bytes, wanted: Asked) -> dict[str, Any]:
 
 
 def _completed(finished: Finished, index: int, wanted: Asked) -> dict[str, Any]:
-    used = usage([finished.request], wanted.factor).model_dump()
+    used = usage(wanted, 1).model_dump()
     identifier = wanted.safety_identifier
     facts = {"seed": finished.request.seed, "usage": used, "safety_identifier": identifier}
     return _common(index, finished.data, wanted) | facts

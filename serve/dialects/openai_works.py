@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from diffray.model import ImageRequest, InvalidRequest
+from diffray.model.request import MAX_SIDE
 
 from ..work import ModelCard, Work
 from . import openai_bodies as bodies
-from .parts import alpha_mask, area_size, client_names, covering, seeds, solver
+from .parts import alpha_mask, area_size, check_area, client_names, covering, seeds, solver
 
 Body = bodies.Generation | bodies.Edit | bodies.Variation
 STEPS = {"low": 0.5, "high": 1.5, "hd": 1.5, "xhigh": 2.0, "max": 2.0}
@@ -53,8 +54,8 @@ class Asked:
     safety_identifier: str | None
 
 
-def asked(body: Body, card: ModelCard, source: Source | None = None) -> Asked:
-    """The images that a body asks for.
+def asked(body: Body, card: ModelCard, source: Source | None = None, pixels: int = MAX_SIDE**2) -> Asked:
+    """The images that a body asks for; sources are scaled to sizes of so many pixels at most.
 
     Raises:
         InvalidRequest: a value is not allowed; the error has the body's own name for it.
@@ -63,6 +64,8 @@ def asked(body: Body, card: ModelCard, source: Source | None = None) -> Asked:
     size = _size(body, card, source)
     names = FIELDS if body.width or body.height else FIELDS | {"width": "size", "height": "size"}
     with client_names(names):
+        if size is not None:
+            check_area(*size, pixels)
         request = _request(body, card, size, source)
     streams = isinstance(body, bodies.Streamed) and bool(body.stream)
     partial = (getattr(body, "partial_images", None) or 0) if streams else None
@@ -101,17 +104,18 @@ def mask_of(image: Image.Image, mask: Image.Image | None) -> Image.Image | None:
     return white
 
 
-def usage(requests: Sequence[ImageRequest], factor: int) -> bodies.Usage:
-    """What was read and made, by the definition in `bodies.Usage`."""
-    first = requests[0]
-    text = len(WORDS.findall(f"{first.prompt} {first.negative_prompt or ''}"))
-    each = ((first.width or 0) // factor) * ((first.height or 0) // factor)
-    source, made = each if first.init_image else 0, each * len(requests)
+def usage(wanted: Asked, images: int) -> bodies.Usage:
+    """What was read, and made of so many images, by the definition in `bodies.Usage`."""
+    request = wanted.works[0].request
+    text = len(WORDS.findall(f"{request.prompt} {request.negative_prompt or ''}"))
+    width, height = wanted.size
+    each = (width // wanted.factor) * (height // wanted.factor)
+    source = 0 if request.init_image is None else each
     return bodies.Usage(
         input_tokens=text + source,
         input_tokens_details=bodies.InputDetails(text_tokens=text, image_tokens=source),
-        output_tokens=made,
-        total_tokens=text + source + made,
+        output_tokens=each * images,
+        total_tokens=text + source + each * images,
     )
 
 

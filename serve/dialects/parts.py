@@ -9,10 +9,11 @@ from contextlib import aclosing, contextmanager
 
 from PIL import Image
 
-from diffray.model import InvalidRequest
+from diffray.model import GenerationError, InvalidRequest
+from diffray.model.images import rgb
 from diffray.model.sampler_names import resolve_sampler, resolve_schedule
 
-from ..work import Event, ModelCard
+from ..work import Event, ModelCard, Progress
 
 RANDOM_SEEDS = 2**32 - 1
 """A seed that the service chooses is below this: every dialect's clients can send it back."""
@@ -60,16 +61,30 @@ def base64_text(data: bytes) -> str:
 async def begun(
     events: AsyncGenerator[tuple[int, Event], None],
 ) -> AsyncGenerator[tuple[int, Event], None]:
-    """`events` after the first has come: what is refused is refused before an answer's status is sent."""
-    first = await anext(events)
+    """`events` from the first step on: what is refused is refused before an answer's status is sent.
 
-    async def all_of_them() -> AsyncGenerator[tuple[int, Event], None]:
-        async with aclosing(events):
-            yield first
-            async for event in events:
-                yield event
+    Raises:
+        InvalidRequest, GenerationError, Refusal: no step was done.
+    """
+    async for first in events:
+        if not isinstance(first[1], Progress) or first[1].step:
+            return _continued(first, events)
+    raise GenerationError("the stream ended before its first step")
 
-    return all_of_them()
+
+async def _continued(
+    first: tuple[int, Event], events: AsyncGenerator[tuple[int, Event], None]
+) -> AsyncGenerator[tuple[int, Event], None]:
+    async with aclosing(events):
+        yield first
+        async for event in events:
+            yield event
+
+
+def check_area(width: int | None, height: int | None, most: int) -> None:
+    """Raises InvalidRequest for a size that pictures should not even be scaled to."""
+    if (width or 1) * (height or 1) > most:
+        raise InvalidRequest("width", f"got {width}x{height}, allowed are {most} pixels together")
 
 
 def area_size(card: ModelCard, ratio: float) -> tuple[int, int]:
@@ -94,6 +109,36 @@ def covering(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (image.width - across) / 2, (image.height - down) / 2
     box = (left, top, left + across, top + down)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def contained(image: Image.Image, width: int, height: int) -> Image.Image:
+    """`image` scaled to fit into this size, its outermost rows or columns stretched over what stays free."""
+    scale = min(width / image.width, height / image.height)
+    inner = image.resize(
+        (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.LANCZOS
+    )
+    left, top = (width - inner.width) // 2, (height - inner.height) // 2
+    right, bottom = left + inner.width, top + inner.height
+    whole = Image.new(inner.mode, (width, height))
+    whole.paste(inner, (left, top))
+    for edge, box in (
+        ((0, 0, inner.width, 1), (left, 0, right, top)),
+        ((0, inner.height - 1, inner.width, inner.height), (left, bottom, right, height)),
+        ((0, 0, 1, inner.height), (0, top, left, bottom)),
+        ((inner.width - 1, 0, inner.width, inner.height), (right, top, width, bottom)),
+    ):
+        across, down = box[2] - box[0], box[3] - box[1]
+        if across and down:
+            whole.paste(inner.crop(edge).resize((across, down)), box[:2])
+    return whole
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if "A" not in image.getbands():
+        return rgb(image, *image.size)
+    colours = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
 
 
 def alpha_mask(image: Image.Image, field: str, *, most: int = 127) -> Image.Image:

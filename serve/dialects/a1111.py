@@ -1,0 +1,184 @@
+"""AUTOMATIC1111's /sdapi/v1, for `webuiapi` and whatever else speaks it.
+
+Its state is one process' there; here progress, interrupting and options are each client's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+
+from diffray.model import InvalidRequest
+from diffray.model.encoding import read_provenance
+from diffray.model.infotext import parse_infotext
+
+from ..pictures import picture_bytes, picture_text
+from ..refusal import Refusal
+from ..service import Service
+from ..work import ModelCard
+from . import a1111_bodies as bodies
+from . import a1111_catalogue as catalogue
+from . import a1111_extras as extras
+from .a1111_answers import generated, made, progress_of
+from .a1111_settings import Kept, Settings, shown
+from .a1111_works import FIELDS, Asked, image_works, text_works
+from .parts import client_names
+
+ROUTES = ("/sdapi/v1",)
+PAIR = re.compile(r"(\d+)x(\d+)")
+
+
+def refused(refusal: Refusal, request_id: str) -> dict[str, Any]:
+    """The keys that AUTOMATIC1111's own errors have, and the field that is to blame."""
+    message = refusal.message
+    return {"error": refusal.code, "detail": message, "body": "", "errors": message, "field": refusal.field}
+
+
+def router(service: Service) -> APIRouter:
+    """Everything under /sdapi/v1."""
+    routes = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
+    kept = Kept()
+    _add_generation(routes, service, kept)
+    _add_state(routes, service, kept)
+    _add_lists(routes, service)
+    _add_pictures(routes, service)
+    return routes
+
+
+def _add_generation(routes: APIRouter, service: Service, kept: Kept) -> None:
+    pixels = service.config.limits.source_pixels
+
+    def read(text: str, field: str) -> Image.Image:
+        return picture_text(text, field, pixels=pixels)
+
+    async def answer(
+        http: Request, body: bodies.Processing, works: Callable[[ModelCard, Settings], Asked]
+    ) -> Response:
+        client = await service.client(http)
+        settings = kept.of(client.id)
+        if body.override_settings:
+            settings = settings.changed(body.override_settings, await service.models())
+            if not body.override_settings_restore_afterwards:
+                kept.keep(client.id, settings)
+        card = await service.model(settings.model)
+        wanted = await asyncio.to_thread(works, card, settings)
+        with client_names(FIELDS):
+            pictures = await made(service, http, client, wanted, card, settings)
+        return JSONResponse(generated(body, pictures, card).model_dump())
+
+    @routes.post("/txt2img", response_model=bodies.Generated)
+    async def txt2img(http: Request, body: bodies.TextToImage) -> Response:
+        """Images from a prompt, on request with a second pass at a higher resolution."""
+        return await answer(http, body, lambda card, settings: text_works(body, card, settings))
+
+    @routes.post("/img2img", response_model=bodies.Generated)
+    async def img2img(http: Request, body: bodies.ImageToImage) -> Response:
+        """Images from an image, on request only within a mask."""
+        return await answer(
+            http, body, lambda card, settings: image_works(body, card, settings, read, pixels)
+        )
+
+
+def _add_state(routes: APIRouter, service: Service, kept: Kept) -> None:
+    @routes.get("/progress")
+    async def progress(http: Request, skip_current_image: bool = False) -> bodies.Progress:
+        """How far the client's own images are, with a preview of the oldest."""
+        client = await service.client(http)
+        return progress_of(service.progress(client), with_image=not skip_current_image)
+
+    @routes.post("/interrupt")
+    @routes.post("/skip")
+    async def interrupt(http: Request) -> dict[str, Any]:
+        """Stop the client's own images; what there is of them is the answer of their requests.
+
+        All images of a request run side by side, so that skipping the current ones is the same.
+        """
+        service.interrupt(await service.client(http))
+        return {}
+
+    @routes.get("/options")
+    async def options(http: Request) -> dict[str, Any]:
+        """The client's own options."""
+        client = await service.client(http)
+        return shown(kept.of(client.id), await service.models())
+
+    @routes.post("/options")
+    async def set_options(http: Request, body: dict[str, Any]) -> None:
+        """Change some of the client's own options, such as `sd_model_checkpoint`."""
+        client = await service.client(http)
+        kept.keep(client.id, kept.of(client.id).changed(body, await service.models()))
+
+
+def _add_lists(routes: APIRouter, service: Service) -> None:
+    @routes.get("/sd-models")
+    async def sd_models(http: Request) -> list[dict[str, Any]]:
+        """The models that `sd_model_checkpoint` can be set to."""
+        await service.client(http)
+        return catalogue.models(await service.models())
+
+    @routes.post("/refresh-checkpoints")
+    async def refresh(http: Request) -> None:
+        """Nothing to do: the service's models are those of its config."""
+        await service.client(http)
+
+    fixed = {
+        "samplers": catalogue.samplers(),
+        "schedulers": catalogue.schedulers(),
+        "upscalers": catalogue.upscalers(),
+        "latent-upscale-modes": [{"name": name} for name in catalogue.LATENT_UPSCALE_MODES],
+        **catalogue.CONSTANT,
+    }
+    for name, value in fixed.items():
+        routes.add_api_route(f"/{name}", _constant(service, value), name=name, methods=["GET"])
+
+
+def _constant(service: Service, value: Any) -> Callable[[Request], Any]:
+    async def listed(http: Request) -> Any:
+        """What there is."""
+        await service.client(http)
+        return value
+
+    return listed
+
+
+def _add_pictures(routes: APIRouter, service: Service) -> None:
+    pixels = service.config.limits.source_pixels
+
+    @routes.post("/png-info")
+    async def png_info(http: Request, body: bodies.PngInfo) -> bodies.PngInfoAnswer:
+        """What a picture of ours, or of AUTOMATIC1111's, says about its making."""
+        await service.client(http)
+        data = picture_bytes(body.image, "image")
+        try:
+            found = read_provenance(data)
+        except ValueError:
+            raise InvalidRequest("image", "got no PNG, JPEG or WebP picture") from None
+        text = found.infotext or ""
+        parameters = parse_infotext(text) if text else {}
+        for key, value in list(parameters.items()):
+            match = PAIR.fullmatch(value)
+            if match:
+                parameters |= {f"{key}-1": match[1], f"{key}-2": match[2]}
+        items = {"parameters": text} if text else {}
+        return bodies.PngInfoAnswer(info=text, items=items, parameters=parameters)
+
+    async def resized(text: str, field: str, body: bodies.Extras) -> str:
+        return await asyncio.to_thread(extras.resized, text, field, body, pixels)
+
+    @routes.post("/extra-single-image")
+    async def extra_single(http: Request, body: bodies.ExtrasSingle) -> bodies.Resized:
+        """A picture at another size."""
+        await service.client(http)
+        return bodies.Resized(image=await resized(body.image, "image", body))
+
+    @routes.post("/extra-batch-images")
+    async def extra_batch(http: Request, body: bodies.ExtrasBatch) -> bodies.ResizedBatch:
+        """Pictures at another size."""
+        await service.client(http)
+        return bodies.ResizedBatch(images=[await resized(f.data, "imageList", body) for f in body.image_list])
