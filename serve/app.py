@@ -1,11 +1,9 @@
-"""The HTTP application over a `Service`, and the ways to run it."""
+"""The HTTP application over a `Service`: dialects, errors, limits, health, documentation."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
 from importlib.metadata import version
@@ -13,81 +11,119 @@ from types import ModuleType
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
 from diffray.model import DiffrayError
 
-from . import failures
-from .config import ServeConfig
-from .engines import Engines
+from . import metrics
+from .documentation import document
+from .failures import Failures
+from .idempotency import Idempotency
+from .jobs import Jobs
+from .middleware import Bodies, Hosts, Logged
 from .service import Service
 
 DIALECTS = ("openai", "a1111", "stability", "native")
+"""Modules of `dialects`. The last one answers for every path that is nobody's."""
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application: dialects, errors, health, page."""
+    """The application. It has state: one belongs to one service and one event loop."""
+    dialects = _dialects()
+    failures = Failures(dialects)
+    jobs = Jobs(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with jobs.sweeping():
+            yield
 
-    app = FastAPI(title="diffray", version=version("diffray"), lifespan=lifespan)
-    dialects = [
-        import_module(f"diffray.serve.dialects.{name}")
-        for name in DIALECTS
-        if importlib.util.find_spec(f"diffray.serve.dialects.{name}")
-    ]
+    access = service.config.access
+    app = FastAPI(
+        title="diffray",
+        version=version("diffray"),
+        description=DESCRIPTION,
+        docs_url="/docs" if access.docs else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if access.docs else None,
+        lifespan=lifespan,
+        middleware=_middleware(service, failures),
+    )
+    app.state.jobs = jobs
     for dialect in dialects:
         app.include_router(dialect.router(service))
-    _handle_errors(app, dialects)
-    page = importlib.util.find_spec("diffray.serve.page")
-    if service.config.page and page is not None and page.origin is not None:
+    _handle_errors(app, failures)
+    _add_health(app, service)
+    if service.config.page:
         import_module("diffray.serve.page").mount(app, service)
-    app.add_middleware(RequestId)
+    document(app, failures)
     return app
 
 
-def _handle_errors(app: FastAPI, dialects: list[ModuleType]) -> None:
-    async def handle(http: Request, error: Exception) -> Response:
-        path = http.url.path
-        dialect = next(d for d in dialects if path.startswith(d.ROUTES))
-        return failures.answer(http, failures.refusal_of(error), dialect)
+DESCRIPTION = """Images from text and from images, by Stable Diffusion models.
 
-    for kind in (Exception, DiffrayError, HTTPException, RequestValidationError):
+The same service speaks four languages: the OpenAI Images API, AUTOMATIC1111's `/sdapi/v1`, Stability's REST API, and
+its own, which has every field. Errors come in the language that was asked; each answer has an `x-request-id`.
+"""
+
+
+def _dialects() -> list[ModuleType]:
+    names = [f"diffray.serve.dialects.{name}" for name in DIALECTS]
+    return [import_module(name) for name in names if importlib.util.find_spec(name)]
+
+
+def _middleware(service: Service, failures: Failures) -> list[Middleware]:
+    """From the outside in."""
+    config = service.config
+    layers = [Middleware(Logged, config=config, failures=failures)]
+    if service.anonymous and config.private and config.replicas is None:
+        layers.append(Middleware(Hosts, config=config, failures=failures))
+    if config.access.origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.access.origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after", "seed", "finish-reason"],
+            )
+        )
+    layers.append(Middleware(Bodies, service=service, failures=failures))
+    layers.append(Middleware(Idempotency, limits=config.limits, failures=failures))
+    return layers
+
+
+def _handle_errors(app: FastAPI, failures: Failures) -> None:
+    async def handle(http: Request, error: Exception) -> Response:
+        return failures.answer(http, error)
+
+    kinds: Sequence[type[Exception]] = (DiffrayError, HTTPException, RequestValidationError)
+    for kind in kinds:
         app.add_exception_handler(kind, handle)
 
 
-class RequestId:
-    """Gives every request an id and every answer a header with it."""
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", tags=["operation"])
+    async def alive() -> dict[str, str]:
+        """200 while this process answers at all."""
+        return {"status": "ok"}
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    @app.get("/readyz", tags=["operation"], responses={503: {"description": "Images cannot be made now."}})
+    async def ready() -> Response:
+        """200 when images can be made: the default model is loaded and has made one."""
+        try:
+            await service.backend.check()
+        except Exception:
+            return JSONResponse({"status": "not ready"}, 503)
+        return JSONResponse({"status": "ready"})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+    if service.config.access.metrics:
 
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        await self.app(scope, receive, named)
-
-
-def run(config: ServeConfig) -> None:
-    """Serve until interrupted."""
-    import uvicorn
-
-    async def main() -> None:
-        service = Service(config, Engines(config))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), host=config.host, port=config.port))
-        await server.serve()
-
-    asyncio.run(main())
+        @app.get("/metrics", include_in_schema=False)
+        async def measured() -> Response:
+            data, media = metrics.text()
+            return Response(data, media_type=media)

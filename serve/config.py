@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffray.model import DiffrayError
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 class InvalidConfig(DiffrayError, ValueError):
     """A service config is wrong; nothing was started."""
@@ -67,6 +69,9 @@ class Limits(Strict):
     """Such as "100/minute"; keys may have their own."""
     cost_per_key: str | None = None
     """Megapixel-steps, such as "5000/hour"."""
+    idempotency_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Answers kept for repeated requests with the same Idempotency-Key."""
+    idempotency_seconds: float = Field(default=600.0, ge=0)
     images_at_once: int = Field(default=64, ge=1)
     """Of one client, waiting or running."""
     storage: str = "memory://"
@@ -110,6 +115,8 @@ class Store(Strict):
 
     url: str | None = None
     """A folder or fsspec URL such as s3://bucket/prefix; None is a folder that ends with the service."""
+    options: dict[str, Any] = {}
+    """fsspec storage options, such as `endpoint_url` or `profile` of S3."""
     seconds: float = Field(default=3600.0, gt=0)
     """A result's lifetime."""
 
@@ -160,6 +167,11 @@ class ServeConfig(Strict):
         if self.default is not None and self.default not in self.models:
             raise ValueError(f"default: got {self.default!r}, allowed is one of {', '.join(self.models)}")
         return self
+
+    @property
+    def private(self) -> bool:
+        """Whether only this machine can reach the service. On Ray, others decide that."""
+        return self.host in LOOPBACK
 
     @property
     def default_model(self) -> str:

@@ -1,61 +1,87 @@
-"""Engines in this process: one per loaded model, the least recently used making room for others."""
+"""Engines in this process: work in, events out."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import logging
+import os
 import time
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
-from PIL import Image
+import torch
 
-from diffray.model import Engine, Result, Ticket, load_model, model_config
+from diffray.model import Cancelled, CheckpointError, GenerationError, Result, Ticket, model_config
 from diffray.model.config import ModelConfig
+from diffray.model.encoding import encode_image
 
+from . import metrics
 from .config import ServeConfig
+from .guardrails import Guards
 from .refusal import Refusal
+from .residents import Loader, Resident, Residents, unavailable
 from .work import Event, Finished, ModelCard, Progress, Work
 
+T = TypeVar("T")
+log = logging.getLogger("diffray.serve")
 PREVIEW_SIDE = 512
-
-
-@dataclass(eq=False)
-class Loaded:
-    """A running engine and how many images hold it."""
-
-    engine: Engine
-    checksum: str
-    users: int = 0
+PREVIEW_QUALITY = 80
 
 
 class Engines:
-    """A `Backend` in this process."""
+    """A `Backend` in this process. Belongs to one event loop."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, load: Loader | None = None) -> None:
         self.config = config
-        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
-        self._loading = asyncio.Lock()
+        self.residents = Residents(config.models, config.memory, load)
+        self._guards = Guards(config.guardrails)
         self._configs: dict[str, ModelConfig] = {}
-        self._checksums: dict[str, str] = {}
+        self._started = False
+        self._threads = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "diffray-serve")
+
+    async def start(self) -> None:
+        """Load the default model and warm it up.
+
+        Raises:
+            CheckpointError, GenerationError: it cannot be loaded, or makes no image.
+        """
+        try:
+            resident = await self.residents.enter(self.config.default_model)
+        except Refusal as error:
+            raise error.__cause__ or error from None
+        await self.residents.leave(resident)
+        self._started = True
 
     async def cards(self) -> list[ModelCard]:
-        """All models, the default one first."""
-        return [await self._card(name) for name in self.config.names]
+        """All models that can be read, the default one first."""
+        found = []
+        for name in self.config.names:
+            with suppress(Refusal):
+                found.append(await self.model(name))
+        return found
 
-    async def _card(self, name: str) -> ModelCard:
-        entry = self.config.models[name]
+    async def model(self, name: str) -> ModelCard:
+        """One model; see `Backend.model`."""
+        if name not in self.config.models:
+            raise no_such_model(name, self.config)
         if name not in self._configs:
-            self._configs[name] = await asyncio.to_thread(model_config, entry.source, **entry.options)
-        config = self._configs[name]
+            entry = self.config.models[name]
+            try:
+                self._configs[name] = await asyncio.to_thread(model_config, entry.source, **entry.options)
+            except CheckpointError as error:
+                log.error("model %s cannot be read: %s", name, error)
+                raise unavailable(name) from error
+        config, resident = self._configs[name], self.residents.get(name)
         return ModelCard(
             name=name,
             family=config.family,
             task=config.task,
-            checksum=self._checksums.get(name, ""),
+            checksum=resident.checksum if resident else "",
             width=config.defaults.width,
             height=config.defaults.height,
             steps=config.defaults.steps,
@@ -63,69 +89,160 @@ class Engines:
             sampler=config.defaults.sampler,
             schedule=config.defaults.schedule,
             factor=config.vae.factor,
-            loaded=name in self._loaded,
+            loaded=resident is not None,
+            config=config,
         )
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.run`."""
-        limit = self.config.limits.seconds if work.seconds is None else work.seconds
-        deadline = time.monotonic() + limit
-        async with self._held(work.model) as loaded:
+        if work.model not in self.config.models:
+            raise no_such_model(work.model, self.config)
+        most = self.config.limits.seconds
+        seconds = most if work.seconds is None else min(work.seconds, most)
+        deadline = asyncio.get_running_loop().time() + seconds
+        late = Refusal(504, "timeout", f"not finished within {seconds:g} s")
+        try:
+            async with asyncio.timeout_at(deadline):
+                if self.residents.get(work.model):
+                    metrics.MODEL_HITS.add(model=work.model)
+                resident = await self.residents.enter(work.model)
+        except TimeoutError:
+            raise late from None
+        try:
             advanced = asyncio.Event()
-            ticket = await asyncio.to_thread(loaded.engine.submit, work.request)
-            future = asyncio.wrap_future(ticket.future)
-            future.add_done_callback(lambda _: advanced.set())
+            ticket = await self._submit(resident, work, advanced)
             try:
                 shown = -1
-                while not future.done():
-                    if time.monotonic() > deadline:
-                        raise Refusal(504, "timeout", f"not finished within {limit:g} s")
+                while not ticket.future.done():
                     if ticket.step != shown:
+                        due = _preview_due(work, shown, ticket.step)
                         shown = ticket.step
-                        yield Progress(shown, ticket.steps, await _preview(ticket, work))
+                        preview = await self._thread(partial(_small_jpeg, ticket)) if due else None
+                        yield Progress(shown, ticket.steps, preview)
+                    try:
+                        async with asyncio.timeout_at(deadline):
+                            await advanced.wait()
+                    except TimeoutError:
+                        raise late from None
                     advanced.clear()
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(advanced.wait(), 0.02)
-                result = future.result()
+                result = self._result(resident, ticket)
             finally:
-                if not future.done():
+                if not ticket.future.done():
                     ticket.cancel()
-                    future.cancel()
-        data = await asyncio.to_thread(partial(_encoded, result, work))
-        yield Finished(data, result.request, work.model, loaded.checksum, result.timings)
-
-    @asynccontextmanager
-    async def _held(self, name: str) -> AsyncIterator[Loaded]:
-        if name not in self.config.models:
-            raise Refusal(404, "model_not_found", f"there is no model {name!r}")
-        async with self._loading:
-            loaded = self._loaded.get(name)
-            if loaded is None:
-                loaded = self._loaded[name] = await asyncio.to_thread(self._load, name)
-            self._loaded.move_to_end(name)
-        loaded.users += 1
-        try:
-            yield loaded
+                    metrics.CANCELLED.add(model=work.model)
         finally:
-            loaded.users -= 1
+            await self.residents.leave(resident)
+        yield await self._thread(partial(self._finished, result, work, resident.checksum))
 
-    def _load(self, name: str) -> Loaded:
-        entry = self.config.models[name]
-        model = load_model(entry.source, device=entry.device, dtype=entry.dtype, **entry.options)
-        self._checksums[name] = model.checksum
-        return Loaded(Engine(model, batch_size=entry.batch_size).start(), model.checksum)
+    async def _submit(self, resident: Resident, work: Work, advanced: asyncio.Event) -> Ticket:
+        """The ticket of the work; whoever is cancelled meanwhile leaves none behind."""
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(advanced.set)
+
+        call = partial(
+            resident.engine.submit, work.request, client=work.client, weight=work.weight, listener=tell
+        )
+        submitted = self._threads.submit(call)
+        try:
+            ticket = await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_take_back)
+            raise
+        except GenerationError as error:
+            raise self._broken(resident, error) from error
+        ticket.future.add_done_callback(lambda _: tell())
+        return ticket
+
+    def _result(self, resident: Resident, ticket: Ticket) -> Result:
+        try:
+            return ticket.future.result()
+        except Cancelled:
+            raise Refusal(503, "cancelled", "the engine gave the image back", retry_after=1) from None
+        except GenerationError as error:
+            metrics.FAILURES.add(model=resident.name)
+            raise self._broken(resident, error) from error
+
+    def _broken(self, resident: Resident, error: GenerationError) -> Exception:
+        """The error of one image, or of all: then another replica or a later time may do."""
+        if resident.engine.failure is None:
+            return error
+        log.error("the engine of %s is broken: %s", resident.name, error)
+        return Refusal(503, "engine_broken", "the engine stopped and is being replaced", retry_after=10)
+
+    def _finished(self, result: Result, work: Work, checksum: str) -> Finished:
+        assert result.image is not None, "the service refuses requests for latents"
+        begun = time.perf_counter()
+        self._guards.check_image(result.image, result.request)
+        data = encode_image(
+            result.image,
+            result.request,
+            format=work.format,
+            quality=work.quality,
+            model=work.model,
+            model_checksum=checksum,
+        )
+        timings = result.timings | {"encode": time.perf_counter() - begun}
+        for phase, seconds in timings.items():
+            metrics.PHASE_SECONDS.observe(seconds, phase=phase)
+        metrics.IMAGES.add(model=work.model)
+        metrics.PIXELS.add(result.image.width * result.image.height, model=work.model)
+        request = replace(result.request, init_image=None, mask=None, depth=None, init_latents=None)
+        return Finished(data, request, work.model, checksum, timings)
+
+    async def _thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def check(self) -> None:
+        """Whether images can be made: no engine is broken and the accelerator answers.
+
+        Waits at most for the steps that run now.
+
+        Raises:
+            GenerationError: the default model is not loaded yet, or an engine is broken.
+            RuntimeError: the accelerator is (torch).
+        """
+        self.sample()
+        if not self._started:
+            raise GenerationError("the default model is not loaded yet")
+        for resident in self.residents:
+            if resident.engine.failure is not None:
+                raise GenerationError(f"the engine of {resident.name} stopped: {resident.engine.failure}")
+        if torch.cuda.is_available():
+            await asyncio.to_thread(_touch_accelerator)
+
+    def sample(self) -> None:
+        """Bring the gauges up to date."""
+        for resident in self.residents:
+            metrics.QUEUED_IMAGES.set(resident.engine.waiting, model=resident.name)
+            metrics.RUNNING_IMAGES.set(resident.engine.running, model=resident.name)
+        if torch.cuda.is_available():
+            metrics.DEVICE_BYTES.set(torch.cuda.memory_reserved())
 
     async def close(self) -> None:
         """Finish what runs, free all models."""
-        for loaded in self._loaded.values():
-            await asyncio.to_thread(loaded.engine.close)
-        self._loaded.clear()
+        await self.residents.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-async def _preview(ticket: Ticket, work: Work) -> bytes | None:
-    if not work.preview_every or not ticket.step or ticket.step % work.preview_every:
-        return None
-    return await asyncio.to_thread(_small_jpeg, ticket)
+def no_such_model(name: str, config: ServeConfig) -> Refusal:
+    """The refusal of a model name."""
+    known = ", ".join(config.names)
+    return Refusal(
+        404, "model_not_found", f"there is no model {name[:100]!r}, allowed is one of {known}", field="model"
+    )
+
+
+def _take_back(submitted: Future[Ticket]) -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancel()
+
+
+def _preview_due(work: Work, before: int, now: int) -> bool:
+    every = work.preview_every
+    return bool(every) and now > 0 and now // every > max(before, 0) // every
 
 
 def _small_jpeg(ticket: Ticket) -> bytes | None:
@@ -134,12 +251,9 @@ def _small_jpeg(ticket: Ticket) -> bytes | None:
         return None
     image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
     sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=80)
+    image.save(sink, "JPEG", quality=PREVIEW_QUALITY)
     return sink.getvalue()
 
 
-def _encoded(result: Result, work: Work) -> bytes:
-    assert isinstance(result.image, Image.Image)
-    sink = io.BytesIO()
-    result.image.save(sink, work.format, **({} if work.format == "png" else {"quality": work.quality}))
-    return sink.getvalue()
+def _touch_accelerator() -> None:
+    torch.ones(1, device="cuda").sum().item()

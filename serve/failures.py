@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse
 
 from diffray.model import GenerationError, InvalidRequest
 
+from . import metrics
 from .refusal import Refusal
 
 log = logging.getLogger("diffray.serve")
@@ -31,6 +33,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, RequestValidationError):
         return _invalid_body(error)
     if isinstance(error, HTTPException):
+        if isinstance(error.__cause__, Refusal):
+            return error.__cause__
         code = CODES.get(error.status_code, "bad_request")
         return Refusal(error.status_code, code, str(error.detail))
     if isinstance(error, GenerationError):
@@ -47,15 +51,32 @@ def _invalid_body(error: RequestValidationError) -> Refusal:
     return Refusal(422, "invalid_value", f"{field or 'body'}: {first['msg']}", field=field or None)
 
 
-def answer(http: Request, refusal: Refusal, dialect: ModuleType) -> JSONResponse:
-    """The response that says it, with the headers that clients act on."""
-    request_id = http.scope.get("state", {}).get("request_id", "")
-    headers: dict[str, str] = {}
-    if refusal.retry_after is not None:
-        headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
-    if refusal.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if refusal.code in WASTEFUL:
-        headers["x-should-retry"] = "false"
-    status = getattr(dialect, "STATUSES", {}).get(refusal.status, refusal.status)
-    return JSONResponse(dialect.refused(refusal, request_id), status, headers)
+class Failures:
+    """Writes refusals in the form of the dialect whose path was asked; the last dialect has all other paths."""
+
+    def __init__(self, dialects: Sequence[ModuleType]) -> None:
+        self._dialects = dialects
+
+    def dialect(self, path: str) -> ModuleType:
+        """The dialect that a path belongs to."""
+        found = (dialect for dialect in self._dialects if path.startswith(dialect.ROUTES))
+        return next(found, self._dialects[-1])
+
+    def dialect_name(self, path: str) -> str:
+        """Its name in metrics."""
+        return self.dialect(path).__name__.rpartition(".")[2]
+
+    def answer(self, http: Request, error: Exception) -> JSONResponse:
+        """The response that says it, with the headers that clients act on."""
+        refusal, dialect = refusal_of(error), self.dialect(http.url.path)
+        metrics.REJECTIONS.add(reason=refusal.code)
+        http.state.refused = refusal.code
+        headers: dict[str, str] = {}
+        if refusal.retry_after is not None:
+            headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))
+        if refusal.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if refusal.code in WASTEFUL:
+            headers["x-should-retry"] = "false"
+        status = getattr(dialect, "STATUSES", {}).get(refusal.status, refusal.status)
+        return JSONResponse(dialect.refused(refusal, http.state.request_id), status, headers)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
 
-from .config import ServeConfig
+from diffray.model import InvalidRequest
+
+from .admission import Admission, Client
+from .config import InvalidConfig, ServeConfig
+from .guardrails import Guards
+from .keys import Key, Keys
 from .refusal import Refusal
 from .work import Backend, Event, Finished, ModelCard, Progress, Work
 
+__all__ = ["Client", "RunningView", "Service"]
 
-@dataclass(frozen=True, slots=True)
-class Client:
-    """Who asks. `id` never changes for one key; `name` is for people."""
-
-    id: str
-    name: str
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""A client's own deadline, as Ray Serve names it; the service's is never exceeded."""
+Outcome = tuple[int, Event] | BaseException
 
 
 @dataclass(slots=True, eq=False)
@@ -36,20 +42,46 @@ class RunningView:
 
 
 class Service:
-    """The service behind all dialects."""
+    """The service behind all dialects. Belongs to one event loop.
+
+    Raises:
+        InvalidConfig: keys, block-list, hooks or rates cannot be read, or anybody could use it.
+    """
 
     def __init__(self, config: ServeConfig, backend: Backend) -> None:
         self.config = config
         self.backend = backend
+        self.keys = Keys(config.access.keys)
+        self.admission = Admission(config.limits)
+        self._guards = Guards(config.guardrails)
         self._running: dict[str, list[RunningView]] = {}
+        if not (self.keys.required or config.access.anonymous or config.private):
+            raise InvalidConfig(
+                f"host {config.host} can be reached by others: make keys with `diffray keys add` and name the "
+                "file as access.keys, or allow everybody with access.anonymous: true"
+            )
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether a key is needed by nobody."""
+        return self.config.access.anonymous or not self.keys.required
 
     async def client(self, http: Request) -> Client:
-        """Who sent this request.
+        """Who sent this request, by its bearer token or by the password of basic authentication.
 
         Raises:
-            Refusal: 401 without a valid key, 429 above a rate.
+            Refusal: 401 without a valid key.
         """
-        return Client("anonymous", "anonymous")
+        token = _token(http.headers.get("authorization", ""))
+        key = self.keys.find(token) if token and self.keys.required else None
+        if key is not None:
+            client = _known(key)
+        elif self.anonymous:
+            client = Client(f"anonymous:{http.client.host if http.client else ''}", "anonymous")
+        else:
+            raise Refusal(401, "unauthorized", "no valid API key was given (Authorization: Bearer ...)")
+        http.state.client = client
+        return client
 
     async def models(self) -> list[ModelCard]:
         """All models, the default one first."""
@@ -59,22 +91,18 @@ class Service:
         """One model; None is the default.
 
         Raises:
-            Refusal: 404, there is no such model.
+            Refusal: 404, there is no such model; 503, it cannot be read.
         """
-        cards = await self.models()
-        found = [card for card in cards if name is None or card.name == name]
-        if not found:
-            names = ", ".join(card.name for card in cards)
-            raise Refusal(
-                404, "model_not_found", f"there is no model {name!r}; there are {names}", field="model"
-            )
-        return found[0]
+        return await self.backend.model(self.config.default_model if name is None else name)
 
-    async def make(self, http: Request, client: Client, works: Sequence[Work]) -> list[Finished]:
+    async def make(self, http: Request | None, client: Client, works: Sequence[Work]) -> list[Finished]:
         """All pictures, in the order asked.
 
+        Args:
+            http: cancels what is not finished when its client goes away; None when nobody listens.
+
         Raises:
-            InvalidRequest, GenerationError, Refusal.
+            InvalidRequest, GenerationError, Refusal: the first of any image; the others are cancelled.
         """
         done: dict[int, Finished] = {}
         async with aclosing(self.stream(http, client, works)) as events:
@@ -84,38 +112,64 @@ class Service:
         return [done[index] for index in range(len(works))]
 
     async def stream(
-        self, http: Request, client: Client, works: Sequence[Work]
+        self, http: Request | None, client: Client, works: Sequence[Work]
     ) -> AsyncGenerator[tuple[int, Event], None]:
-        """Events as they come, each with the index of its work. The first comes at once, after admission.
+        """Events as they come, each with the index of its work; the first as soon as all were admitted.
 
         Closing the generator cancels what is not finished.
         """
-        views = [RunningView(work) for work in works]
-        self._running.setdefault(client.id, []).extend(views)
-        events: asyncio.Queue[tuple[int, Event] | BaseException] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._one(i, view, events)) for i, view in enumerate(views)]
-        tasks.append(asyncio.create_task(_watch(http, events)))
-        try:
-            left = len(works)
-            while left:
-                item = await events.get()
-                if isinstance(item, BaseException):
-                    raise item
-                left -= isinstance(item[1], Finished)
-                yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            mine = self._running[client.id]
-            mine[:] = [view for view in mine if view not in views]
-            if not mine:
-                del self._running[client.id]
+        seconds = None if http is None else _seconds(http)
+        works = [_owned(work, client, seconds) for work in works]
+        costs = [await self._cost(work) for work in works]
+        with self.admission.admitted(client, costs) as permit:
+            await self.admission.charge(client, sum(costs))
+            if http is not None:
+                http.state.generation = {
+                    "models": sorted({w.model for w in works}),
+                    "cost": round(sum(costs), 3),
+                }
+                http.state.works = works
+            views = [RunningView(work, steps=work.request.steps or 0) for work in works]
+            self._running.setdefault(client.id, []).extend(views)
+            events: asyncio.Queue[Outcome] = asyncio.Queue()
+            tasks = [asyncio.create_task(self._one(i, view, events)) for i, view in enumerate(views)]
+            if http is not None:
+                tasks.append(asyncio.create_task(_watch(http, events)))
+            try:
+                for index, view in enumerate(views):
+                    yield index, Progress(0, view.steps)
+                left = len(works)
+                while left:
+                    item = await events.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    if isinstance(item[1], Finished):
+                        left -= 1
+                        self.admission.finish(permit, item[0])
+                    yield item
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._forget(client, views)
 
-    async def _one(
-        self, index: int, view: RunningView, events: asyncio.Queue[tuple[int, Event] | BaseException]
-    ) -> None:
-        interrupted = asyncio.create_task(self._interruption(view, events))
+    async def _cost(self, work: Work) -> float:
+        """What the work costs, after everything about it was checked that can be without an engine."""
+        card, request = await self.model(work.model), work.request
+        if request.output != "image":
+            raise InvalidRequest("output", f"got {request.output!r}, the service makes images")
+        self._guards.check_prompt(request)
+        if card.config is not None:
+            return request.resolved(card.config).cost
+        return replace(
+            request,
+            width=request.width or card.width,
+            height=request.height or card.height,
+            steps=request.steps or card.steps,
+        ).cost
+
+    async def _one(self, index: int, view: RunningView, events: asyncio.Queue[Outcome]) -> None:
+        interrupted = asyncio.create_task(_interruption(view, events))
         try:
             async with aclosing(self.backend.run(view.work)) as run:
                 async for event in run:
@@ -128,11 +182,11 @@ class Service:
         finally:
             interrupted.cancel()
 
-    async def _interruption(
-        self, view: RunningView, events: asyncio.Queue[tuple[int, Event] | BaseException]
-    ) -> None:
-        await view.interrupted.wait()
-        events.put_nowait(Refusal(409, "interrupted", "the request was interrupted by its client"))
+    def _forget(self, client: Client, views: list[RunningView]) -> None:
+        mine = self._running[client.id]
+        mine[:] = [view for view in mine if view not in views]
+        if not mine:
+            del self._running[client.id]
 
     def progress(self, client: Client) -> list[RunningView]:
         """The client's images that wait or run, oldest first."""
@@ -146,8 +200,50 @@ class Service:
         return len(views)
 
 
-async def _watch(http: Request, events: asyncio.Queue[tuple[int, Event] | BaseException]) -> None:
+def _known(key: Key) -> Client:
+    return Client(key.id, key.id, key.requests, key.cost, key.images_at_once, key.weight)
+
+
+def _owned(work: Work, client: Client, seconds: float | None) -> Work:
+    given = [limit for limit in (work.seconds, seconds) if limit is not None]
+    return replace(work, client=client.id, weight=client.weight, seconds=min(given, default=None))
+
+
+def _token(authorization: str) -> str:
+    """The key in an Authorization header: a bearer token, or what basic authentication calls the password."""
+    kind, _, value = authorization.partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, ValueError):
+            return ""
+    return ""
+
+
+def _seconds(http: Request) -> float | None:
+    text = http.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise Refusal(
+            400, "invalid_value", f"{TIMEOUT_HEADER}: allowed are seconds above 0", field=TIMEOUT_HEADER
+        )
+    return seconds
+
+
+async def _watch(http: Request, events: asyncio.Queue[Outcome]) -> None:
     """Tell when the client is gone; the body has been read by now."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     events.put_nowait(Refusal(499, "disconnected", "the client closed the connection"))
+
+
+async def _interruption(view: RunningView, events: asyncio.Queue[Outcome]) -> None:
+    await view.interrupted.wait()
+    events.put_nowait(Refusal(409, "interrupted", "the request was interrupted by its client"))

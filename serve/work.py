@@ -7,10 +7,10 @@ replicas that hold the same class is another.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from diffray.model import ImageRequest
+from diffray.model import ImageRequest, ModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class Work:
     Attributes:
         request: as the client gave it; what it leaves open the model's defaults fill.
         model: a name of the service's models.
-        client: whom it counts for when engine time is shared fairly.
+        client, weight: whom it counts for when engine time is shared fairly, and that client's share.
         format, quality: of the finished picture's file; quality 1..100 is for jpeg and webp.
         preview_every: steps between two previews; 0 asks for none.
         seconds: time from now after which nobody wants it any more; None is the service's limit.
@@ -29,6 +29,7 @@ class Work:
     request: ImageRequest
     model: str
     client: str = ""
+    weight: float = 1.0
     format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = 92
     preview_every: int = 0
@@ -46,7 +47,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The picture: file bytes with provenance inside, and the request with every open field filled."""
+    """The picture: file bytes with provenance inside, and the request with every open field filled.
+
+    The request is without its source pictures; they would travel back for nothing.
+    """
 
     data: bytes
     request: ImageRequest
@@ -66,6 +70,7 @@ class ModelCard:
         family, task: as in `ModelConfig`: "sdxl", "text" ("inpaint", "edit", ...).
         loaded: whether some engine holds it now.
         factor: width and height must be multiples of this.
+        config: what requests are checked against before they wait; None leaves that to the engine.
     """
 
     name: str
@@ -80,13 +85,24 @@ class ModelCard:
     schedule: str
     factor: int
     loaded: bool
+    config: ModelConfig | None = field(default=None, repr=False)
 
 
 class Backend(Protocol):
     """Whatever makes the images."""
 
     async def cards(self) -> list[ModelCard]:
-        """All models, the default one first."""
+        """All models that can be read, the default one first."""
+
+    async def model(self, name: str) -> ModelCard:
+        """One model.
+
+        Raises:
+            Refusal: there is none of that name (404), or it cannot be read (503).
+        """
+
+    async def check(self) -> None:
+        """Raises whatever stops it from making images; returns when it can."""
 
     def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """Progress events, then one `Finished`. Closing the generator cancels the work at its next step.

@@ -14,5 +14,5 @@ from .live import Live, live
 @pytest.fixture(scope="session")
 def service_app() -> Iterator[Live]:
     """The embedded model, everything at its default."""
-    with live(ServeConfig()) as running:
+    with live(ServeConfig(log="off")) as running:
         yield running

@@ -38,7 +38,10 @@ def live(config: ServeConfig, backend: Callable[[ServeConfig], Backend] = Engine
     made: dict[str, Any] = {}
 
     async def main() -> None:
-        service = Service(config, backend(config))
+        engines = backend(config)
+        service = Service(config, engines)
+        if isinstance(engines, Engines):
+            await engines.start()
         server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
         made.update(service=service, server=server, loop=asyncio.get_running_loop())
         task = asyncio.create_task(server.serve([listener]))
@@ -46,6 +49,8 @@ def live(config: ServeConfig, backend: Callable[[ServeConfig], Backend] = Engine
             await asyncio.sleep(0.01)
         ready.set()
         await task
+        if isinstance(engines, Engines):
+            await engines.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()

@@ -53,6 +53,15 @@ class Scripted:
     async def cards(self) -> list[ModelCard]:
         return [self.card, replace(self.card, name="other", checksum="0ddba11" * 9 + "0")]
 
+    async def model(self, name: str) -> ModelCard:
+        for card in await self.cards():
+            if name in (card.name, "embedded"):  # the name that a plain config has as its default
+                return card
+        raise Refusal(404, "model_not_found", f"there is no model {name!r}", field="model")
+
+    async def check(self) -> None:
+        """Always well."""
+
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         self.works.append(work)
         request, word = work.request, work.request.prompt.partition(" ")
@@ -84,6 +93,8 @@ class Scripted:
             raise
         filled = replace(
             request,
+            init_image=None,
+            mask=None,
             width=size[0],
             height=size[1],
             steps=steps,

@@ -1,0 +1,247 @@
+"""Asynchronous jobs: asked now, fetched later.
+
+A job's record and pictures lie in the configured store under a name that says whose and how old it is, so that any
+ingress can answer for it, and what is too old is found by listing alone:
+
+    <store>/<client>/<time>-<random>/job.json, 0.png, 1.png, ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from diffray.model.storage import open_storage
+
+from .admission import Client
+from .config import InvalidConfig, Store
+from .failures import refusal_of
+from .refusal import Refusal
+from .service import Service
+from .work import Finished, Work
+
+log = logging.getLogger("diffray.serve")
+Status = Literal["running", "done", "failed", "cancelled"]
+SWEEP_SECONDS = 60.0
+
+
+@dataclass(eq=False)
+class Job:
+    """One job: what its owner sees of it."""
+
+    id: str
+    status: Status
+    created: float
+    expires: float
+    total: int
+    progress: float = 0.0
+    """Share of all steps that are done, 0..1."""
+    images: list[dict[str, Any]] = field(default_factory=list)
+    """index, file, format, model, model_checksum, parameters, timings of each finished picture."""
+    error: dict[str, Any] | None = None
+
+
+class Jobs:
+    """The jobs of one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._lifetime = service.config.store.seconds
+        self._store = Files(service.config.store)
+        self._live: dict[str, tuple[Client, Job, asyncio.Task[None]]] = {}
+
+    async def submit(self, client: Client, works: Sequence[Work]) -> Job:
+        """Begin a job; it counts against the client's limits like a request.
+
+        Raises:
+            InvalidRequest, Refusal: it was not admitted.
+        """
+        events = self._service.stream(None, client, works)
+        await anext(events)
+        now = time.time()
+        identity = f"{int(now):x}-{secrets.token_hex(12)}"
+        job = Job(identity, "running", now, now + self._lifetime, len(works))
+        task = asyncio.create_task(self._run(client, job, works, events))
+        self._live[identity] = (client, job, task)
+        task.add_done_callback(lambda _: self._live.pop(identity, None))
+        return job
+
+    async def find(self, client: Client, identity: str) -> Job:
+        """A job of this client.
+
+        Raises:
+            Refusal: 404, it has none of this id (any more).
+        """
+        if identity in self._live and self._live[identity][0].id == client.id:
+            return self._live[identity][1]
+        data = await self._read(client, identity, "job.json")
+        return Job(**json.loads(data))
+
+    async def picture(self, client: Client, identity: str, index: int) -> tuple[bytes, str]:
+        """A finished picture's file and its format.
+
+        Raises:
+            Refusal: 404, there is no such picture (yet, or any more).
+        """
+        job = await self.find(client, identity)
+        found = [image for image in job.images if image["index"] == index]
+        if not found:
+            raise Refusal(404, "not_found", f"job {job.id} has no finished image {index}")
+        return await self._read(client, identity, found[0]["file"]), found[0]["format"]
+
+    async def cancel(self, client: Client, identity: str) -> Job:
+        """Stop it at the next step, keep what is finished; deletes the job if it is over.
+
+        Raises:
+            Refusal: 404, as `find`.
+        """
+        job = await self.find(client, identity)
+        if identity in self._live:
+            task = self._live[identity][2]
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        else:
+            await asyncio.to_thread(self._store.remove, _place(client, identity))
+            job.status = "cancelled" if job.status == "running" else job.status
+        return job
+
+    async def _run(self, client: Client, job: Job, works: Sequence[Work], events: Any) -> None:
+        place = _place(client, job.id)
+        shares = [0.0] * len(works)
+        try:
+            await self._write(place, job)
+            async with aclosing(events):
+                async for index, event in events:
+                    if isinstance(event, Finished):
+                        shares[index] = 1.0
+                        job.images.append(await self._keep(place, index, event, works[index].format))
+                    else:
+                        shares[index] = event.step / max(event.steps, 1)
+                    job.progress = round(sum(shares) / len(shares), 4)
+            job.status = "done"
+        except asyncio.CancelledError:
+            job.status = "cancelled"
+        except Exception as error:
+            refusal = refusal_of(error)
+            job.status = "failed"
+            job.error = {"code": refusal.code, "message": refusal.message, "field": refusal.field}
+        with suppress(Exception):
+            await self._write(place, job)
+
+    async def _keep(self, place: str, index: int, finished: Finished, format: str) -> dict[str, Any]:
+        file = f"{index}.{format}"
+        await asyncio.to_thread(self._store.write, f"{place}/{file}", finished.data)
+        return {
+            "index": index,
+            "file": file,
+            "format": format,
+            "model": finished.model,
+            "model_checksum": finished.model_checksum,
+            "parameters": finished.request.parameters(),
+            "timings": {name: round(seconds, 4) for name, seconds in finished.timings.items()},
+        }
+
+    async def _write(self, place: str, job: Job) -> None:
+        try:
+            await asyncio.to_thread(self._store.write, f"{place}/job.json", json.dumps(asdict(job)).encode())
+        except Exception as error:
+            log.error("the store of results failed", exc_info=error)
+            raise Refusal(503, "store_failed", "results cannot be stored now", retry_after=30) from error
+
+    async def _read(self, client: Client, identity: str, file: str) -> bytes:
+        gone = Refusal(404, "not_found", f"there is no job {identity[:64]!r}")
+        if not _named(identity) or _age(identity) > self._lifetime:
+            raise gone
+        try:
+            return await asyncio.to_thread(self._store.read, f"{_place(client, identity)}/{file}")
+        except FileNotFoundError:
+            raise gone from None
+
+    @asynccontextmanager
+    async def sweeping(self) -> AsyncIterator[None]:
+        """Delete what is too old, now and then, until the end of the block; then cancel what runs."""
+        task = asyncio.create_task(self._sweep())
+        try:
+            yield
+        finally:
+            task.cancel()
+            for _, _, running in list(self._live.values()):
+                running.cancel()
+            await asyncio.gather(task, *(t for _, _, t in self._live.values()), return_exceptions=True)
+            self._store.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                for place in await asyncio.to_thread(self._store.places):
+                    if _age(place.rpartition("/")[2]) > self._lifetime:
+                        await asyncio.to_thread(self._store.remove, place)
+            except Exception as error:
+                log.error("the store of results cannot be swept", exc_info=error)
+            await asyncio.sleep(min(SWEEP_SECONDS, self._lifetime / 2))
+
+
+class Files:
+    """The store: names of files below one folder or URL. Made when it is first needed."""
+
+    def __init__(self, config: Store) -> None:
+        self._temporary = None if config.url else tempfile.mkdtemp(prefix="diffray-jobs-")
+        try:
+            self._fs, self._root = open_storage(config.url or str(self._temporary), config.options)
+        except (ImportError, ValueError) as error:
+            raise InvalidConfig(f"store.url: {error}") from None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a whole file."""
+        self._fs.makedirs(f"{self._root}/{name.rpartition('/')[0]}", exist_ok=True)
+        self._fs.pipe_file(f"{self._root}/{name}", data)
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError."""
+        return bytes(self._fs.cat_file(f"{self._root}/{name}"))
+
+    def places(self) -> list[str]:
+        """All jobs' names, as <client>/<job>."""
+        with suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
+            found = self._fs.find(self._root, maxdepth=3)
+            parts = [path[len(self._root) :].strip("/").split("/") for path in found]
+            return sorted({f"{p[0]}/{p[1]}" for p in parts if len(p) == 3 and _named(p[1])})
+        return []
+
+    def remove(self, place: str) -> None:
+        """Delete a job."""
+        with suppress(FileNotFoundError):
+            self._fs.rm(f"{self._root}/{place}", recursive=True)
+
+    def close(self) -> None:
+        """Delete the folder if it was only a temporary one."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _place(client: Client, identity: str) -> str:
+    return f"{hashlib.sha256(client.id.encode()).hexdigest()[:16]}/{identity}"
+
+
+def _named(identity: str) -> bool:
+    stamp, dash, rest = identity.partition("-")
+    return (
+        bool(dash) and len(rest) == 24 and len(stamp) <= 12 and set(stamp + rest) <= set("0123456789abcdef")
+    )
+
+
+def _age(identity: str) -> float:
+    stamp = identity.partition("-")[0]
+    return time.time() - int(stamp, 16) if _named(identity) else 0.0

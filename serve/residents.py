@@ -1,0 +1,220 @@
+"""The models that one process holds: loaded when asked for, the least recently used making room for others.
+
+Loading happens in a thread and in one place: who asks for a model that is being loaded waits for it, who asks for
+another is not disturbed. A model in use is never dropped; when all are in use, the least recently used one takes
+no new images until it is free, so that nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from diffray.model import CheckpointError, Engine, ImageRequest, Model, inspect_source, load_model
+
+from . import metrics
+from .config import Memory, ModelEntry
+from .refusal import Refusal
+
+log = logging.getLogger("diffray.serve")
+SHARE = 0.8
+"""Of the device's memory that weights may take when the config does not say; the rest is for activations."""
+WARM_SIDE = 256
+
+
+@dataclass(eq=False)
+class Resident:
+    """A model in memory, with a running engine."""
+
+    name: str
+    engine: Engine
+    checksum: str
+    bytes: int
+    users: int = 0
+    leaving: bool = False
+
+
+Loader = Callable[[str, ModelEntry], Resident]
+
+
+class Residents:
+    """Models by name. Belongs to one event loop."""
+
+    def __init__(self, models: dict[str, ModelEntry], memory: Memory, load: Loader | None = None) -> None:
+        self._models = models
+        self._most = memory.models
+        self._bytes = int(memory.gigabytes * 1e9) if memory.gigabytes else int(SHARE * device_memory())
+        self._load = load or load_resident
+        self._held: OrderedDict[str, Resident] = OrderedDict()
+        self._loading: dict[str, tuple[asyncio.Task[None], int]] = {}
+        self._changed = asyncio.Condition()
+
+    def get(self, name: str) -> Resident | None:
+        """The model if it is in memory now."""
+        return self._held.get(name)
+
+    def __iter__(self) -> Iterator[Resident]:
+        """Those in memory now, the least recently used first."""
+        return iter(list(self._held.values()))
+
+    async def enter(self, name: str) -> Resident:
+        """The model, loaded if need be; it stays until `leave`.
+
+        Raises:
+            Refusal: 503, it cannot be loaded.
+        """
+        while True:
+            async with self._changed:
+                resident = self._held.get(name)
+                if resident is not None and not resident.leaving:
+                    self._held.move_to_end(name)
+                    resident.users += 1
+                    return resident
+                if resident is None and name not in self._loading:
+                    self._begin(name, await self._needed(name))
+                task = self._loading[name][0] if name in self._loading else None
+                if task is None:
+                    await self._changed.wait()
+            if task is not None:
+                await asyncio.shield(task)
+
+    async def leave(self, resident: Resident) -> None:
+        """The end of an `enter`."""
+        resident.users -= 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _begin(self, name: str, needed: int) -> None:
+        task = asyncio.create_task(self._bring(name, needed))
+        task.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # each waiter sees it itself
+        self._loading[name] = (task, needed)
+
+    async def _bring(self, name: str, needed: int) -> None:
+        try:
+            await self._make_room(name, needed)
+            metrics.MODEL_LOADS.add(model=name)
+            resident = await asyncio.to_thread(self._load, name, self._models[name])
+            self._held[name] = resident
+            metrics.MODEL_BYTES.set(resident.bytes, model=name)
+        except Exception as error:
+            log.error("model %s cannot be loaded", name, exc_info=error)
+            raise unavailable(name) from error
+        finally:
+            async with self._changed:
+                del self._loading[name]
+                self._changed.notify_all()
+
+    async def _needed(self, name: str) -> int:
+        """Bytes that its weights will take, from its headers."""
+        entry = self._models[name]
+        try:
+            inspection = await asyncio.to_thread(inspect_source, entry.source)
+        except CheckpointError:
+            return 0
+        gpu = entry.device.startswith("cuda") or (entry.device == "auto" and torch.cuda.is_available())
+        return inspection.parameters * (4 if entry.dtype == "float32" or not gpu else 2)
+
+    async def _make_room(self, name: str, needed: int) -> None:
+        while not self._fits(name, needed):
+            async with self._changed:
+                leaver = next((r for r in self._held.values() if not r.users), None)
+                if leaver is None:
+                    first = next(iter(self._held.values()), None)
+                    if first is None and len(self._loading) == 1:
+                        return  # larger than the budget, but there is nothing else to drop
+                    if first is not None:
+                        first.leaving = True
+                    await self._changed.wait()
+                    continue
+                del self._held[leaver.name]
+                self._changed.notify_all()
+            await self._drop(leaver)
+
+    def _fits(self, name: str, needed: int) -> bool:
+        others = [size for other, (_, size) in self._loading.items() if other != name]
+        held = sum(resident.bytes for resident in self._held.values()) + sum(others)
+        count = len(self._held) + len(others)
+        return count == 0 or (count < self._most and held + needed <= self._bytes)
+
+    async def _drop(self, resident: Resident) -> None:
+        await asyncio.to_thread(resident.engine.close)
+        metrics.MODEL_BYTES.set(0, model=resident.name)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    async def close(self) -> None:
+        """Finish what runs, then let everything go."""
+        while self._held:
+            await self._drop(self._held.popitem()[1])
+
+
+def load_resident(name: str, entry: ModelEntry) -> Resident:
+    """Read the weights, start the engine, and make one small picture, which must come out finite.
+
+    Raises:
+        CheckpointError, GenerationError.
+    """
+    model = load_model(entry.source, device=entry.device, dtype=entry.dtype, **entry.options)
+    engine: Engine
+
+    def observe(images: int, seconds: float) -> None:
+        metrics.STEP_SECONDS.observe(seconds, model=name)
+        metrics.OCCUPANCY.observe(images / engine.batch_size, model=name)
+
+    engine = Engine(model, batch_size=entry.batch_size, observer=observe)
+    engine.generate([warm_up(model)])
+    return Resident(name, engine.start(), model.checksum, _weight_bytes(model))
+
+
+def warm_up(model: Model) -> ImageRequest:
+    """The smallest request that touches every network of a model."""
+    config = model.config
+    side = min(WARM_SIDE, config.defaults.width)
+    source = Image.new("RGB", (side, side), "gray")
+    if config.task == "upscale":
+        return ImageRequest(prompt="warm-up", steps=2, init_image=source.resize((side // 4, side // 4)))
+    return ImageRequest(
+        prompt="warm-up",
+        steps=2,
+        width=side,
+        height=side,
+        init_image=None if config.task == "text" else source,
+        mask=Image.new("L", (side, side), 255) if config.task == "inpaint" else None,
+        depth=source.convert("L") if config.task == "depth" else None,
+    )
+
+
+def unavailable(name: str) -> Refusal:
+    """The refusal of a model that exists and cannot be had; the log says why."""
+    return Refusal(503, "model_unavailable", f"model {name} cannot be loaded now", retry_after=30)
+
+
+def device_memory() -> int:
+    """Bytes of the accelerator, or of what this process may use of the machine's memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return machine
+
+
+def _weight_bytes(model: Model) -> int:
+    networks = (model.unet, model.vae, model.text, model.preview)
+    return sum(
+        p.numel() * p.element_size()
+        for network in networks
+        if network is not None
+        for p in network.parameters()
+    )

@@ -1,0 +1,112 @@
+"""One process that serves: uvicorn in front of an application whose engines are here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+from asyncio import Transport
+from collections.abc import Callable
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .app import create_app
+from .config import ServeConfig
+from .engines import Engines
+from .service import Service
+
+HEADER_SECONDS = 10.0
+"""From a connection, or from an answer's successor's first byte, to the end of its headers."""
+CONNECTIONS = 4096
+
+
+class Patient(HttpToolsProtocol):
+    """Closes connections whose request headers do not arrive in time (slow loris)."""
+
+    seconds = HEADER_SECONDS
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._waiting: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._rest()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._watch()
+        else:
+            self._rest()
+
+    def _watch(self) -> None:
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(self.seconds, self._late)
+
+    def _rest(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _late(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            self.transport.close()
+
+
+def run(config: ServeConfig, said: Callable[[str], None] = print) -> None:
+    """Serve until SIGINT or SIGTERM, then finish what was begun.
+
+    Raises:
+        CheckpointError, GenerationError: the default model cannot be loaded or makes no image.
+        OSError: the address is taken.
+    """
+    _many_files()
+    asyncio.run(_serve(config, said))
+
+
+async def _serve(config: ServeConfig, said: Callable[[str], None]) -> None:
+    engines = Engines(config)
+    service = Service(config, engines)
+    listener = uvicorn.Config(
+        create_app(service),
+        host=config.host,
+        port=config.port,
+        http=Patient,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=int(config.limits.seconds) + 1,
+    )
+    server = uvicorn.Server(listener)
+    socket = listener.bind_socket()
+    said(f"http://{config.host}:{socket.getsockname()[1]}/  loading {config.default_model} ...")
+    serving = asyncio.create_task(server.serve([socket]))
+    loading = asyncio.create_task(engines.start())
+    try:
+        await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and loading.exception() is None:
+            said("ready")
+            await serving
+    finally:
+        server.should_exit = True
+        await asyncio.gather(serving, return_exceptions=True)
+        loading.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await loading
+        await engines.close()
+
+
+def _many_files() -> None:
+    """Every connection is an open file, and many systems allow few by default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS + 1024 if hard == resource.RLIM_INFINITY else min(hard, CONNECTIONS + 1024)
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
