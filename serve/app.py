@@ -80,7 +80,7 @@ def _middleware(service: Service, failures: Failures) -> list[Middleware]:
     """From the outside in."""
     config = service.config
     layers = [Middleware(Logged, config=config, failures=failures)]
-    if service.anonymous and config.private and config.replicas is None:
+    if service.anonymous and config.private:
         layers.append(Middleware(Hosts, config=config, failures=failures))
     if config.access.origins:
         layers.append(

@@ -131,6 +131,8 @@ class Replicas(Strict):
     gpus: float | None = Field(default=None, ge=0)
     """Per replica; None takes 1 where the cluster has any and the default model's device allows it."""
     cpus: float = Field(default=1.0, ge=0)
+    """Also the torch threads of a replica without an accelerator."""
+    ingress_cpus: float = Field(default=0.5, ge=0)
     upscale_seconds: float = Field(default=10.0, ge=0)
     downscale_seconds: float = Field(default=300.0, ge=0)
     resources: dict[str, float] = {}

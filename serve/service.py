@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -18,14 +19,14 @@ from diffray.model import InvalidRequest
 from .admission import Admission, Client
 from .config import InvalidConfig, ServeConfig
 from .guardrails import Guards
-from .keys import Key, Keys
+from .keys import VARIABLE, Key, Keys
 from .refusal import Refusal
 from .work import Backend, Event, Finished, ModelCard, Progress, Work
 
 __all__ = ["Client", "RunningView", "Service"]
 
-TIMEOUT_HEADER = "x-request-timeout-seconds"
-"""A client's own deadline, as Ray Serve names it; the service's is never exceeded."""
+TIMEOUT_HEADER = "x-timeout-seconds"
+"""A client's own deadline; the service's is never exceeded."""
 Outcome = tuple[int, Event] | BaseException
 
 
@@ -55,11 +56,7 @@ class Service:
         self.admission = Admission(config.limits)
         self._guards = Guards(config.guardrails)
         self._running: dict[str, list[RunningView]] = {}
-        if not (self.keys.required or config.access.anonymous or config.private):
-            raise InvalidConfig(
-                f"host {config.host} can be reached by others: make keys with `diffray keys add` and name the "
-                "file as access.keys, or allow everybody with access.anonymous: true"
-            )
+        check_access(config)
 
     @property
     def anonymous(self) -> bool:
@@ -198,6 +195,21 @@ class Service:
         for view in views:
             view.interrupted.set()
         return len(views)
+
+
+def check_access(config: ServeConfig) -> None:
+    """Returns when nobody can use the service by somebody's mistake.
+
+    Raises:
+        InvalidConfig: it has no keys and others can reach it.
+    """
+    access = config.access
+    if access.keys or os.environ.get(VARIABLE) or access.anonymous or config.private:
+        return
+    raise InvalidConfig(
+        f"host {config.host} can be reached by others: make keys with `diffray keys add` and name their file as "
+        "access.keys, or allow everybody with access.anonymous: true"
+    )
 
 
 def _known(key: Key) -> Client:

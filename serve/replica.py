@@ -1,0 +1,165 @@
+"""Engines behind Ray Serve: the replica that holds them, and the handle through which an ingress uses many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from diffray.model import DiffrayError
+
+from . import metrics
+from .config import ServeConfig
+from .engines import Engines
+from .refusal import Refusal
+from .work import Event, ModelCard, Progress, Work
+
+ATTEMPTS = 4
+"""Of one image: a seeded one comes out the same wherever it is made."""
+PAUSE = 1.0
+"""Seconds before the next attempt after a broken engine, whose replica is found out by its next health check."""
+START_SECONDS = 60.0
+"""For which an ingress waits for a replica to start, when there is none."""
+
+
+class Replica:
+    """One process with engines. Ready when the default model has made an image."""
+
+    async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        self.config = ServeConfig.checked(values)
+        self.engines = Engines(self.config)
+        await self.engines.start()
+
+    async def run(self, work: Work) -> AsyncGenerator[Event, None]:
+        """See `Backend.run`; Serve cancels it when the ingress does."""
+        if len(self.config.models) > 1:
+            await self.hold(serve.get_multiplexed_model_id())
+        events = self.engines.run(work)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def hold(self, name: str) -> str:
+        """Tells Serve's router which models are here; see `multiplexed`."""
+        return name
+
+    async def cards(self) -> list[ModelCard]:
+        """See `Backend.cards`."""
+        return await self.engines.cards()
+
+    async def model(self, name: str) -> ModelCard:
+        """See `Backend.model`."""
+        return await self.engines.model(name)
+
+    async def check_health(self) -> None:
+        """What Serve asks now and then; a replica that raises is replaced."""
+        await self.engines.check()
+
+
+def multiplexed(models: int) -> type[Replica]:
+    """A replica that holds so many models at most and whose router sends images to where their model is.
+
+    Which model is dropped when is decided by `Residents`; Serve only hears of it.
+    """
+
+    class Multiplexed(Replica):
+        @serve.multiplexed(max_num_models_per_replica=models)  # type: ignore[untyped-decorator]
+        async def hold(self, name: str) -> str:
+            return name
+
+    return Multiplexed
+
+
+class HandleBackend:
+    """A `Backend` of all replicas. What a lost one had begun is begun again on another."""
+
+    def __init__(self, config: ServeConfig, handle: DeploymentHandle[Any]) -> None:
+        self._config = config
+        self._handle = handle
+        self._cards: dict[str, ModelCard] = {}
+
+    async def cards(self) -> list[ModelCard]:
+        """See `Backend.cards`."""
+        cards: list[ModelCard] = await self._ask("cards")
+        self._cards |= {card.name: card for card in cards}
+        return cards
+
+    async def model(self, name: str) -> ModelCard:
+        """See `Backend.model`. What a model is does not change, so each is asked for once."""
+        if name not in self._cards:
+            self._cards[name] = await self._ask("model", name)
+        return self._cards[name]
+
+    async def check(self) -> None:
+        """Whether a replica answers; one that scales to zero is well without any."""
+        assert self._config.replicas is not None
+        if self._config.replicas.min:
+            await self._ask("check_health")
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        for attempt in range(ATTEMPTS):
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    return await getattr(self._handle, method).remote(*arguments)
+            except TimeoutError:
+                raise starting() from None
+            except (RayActorError, RayTaskError) as error:
+                await self._again(error, attempt)
+        raise AssertionError("the last attempt raises")
+
+    async def run(self, work: Work) -> AsyncGenerator[Event, None]:
+        """See `Backend.run`."""
+        most = self._config.limits.seconds
+        seconds = most if work.seconds is None else min(work.seconds, most)
+        deadline = asyncio.get_running_loop().time() + seconds
+        run = self._handle.options(stream=True, multiplexed_model_id=work.model).run
+        reached = -1
+        for attempt in range(ATTEMPTS):
+            response: Any = run.remote(work)
+            try:
+                while True:
+                    try:
+                        async with asyncio.timeout_at(deadline):
+                            event = await anext(response)
+                    except StopAsyncIteration:
+                        return
+                    if isinstance(event, Progress) and event.step <= reached:
+                        continue  # known from before the replica was lost
+                    if isinstance(event, Progress):
+                        reached = event.step
+                    yield event
+            except TimeoutError:
+                if reached < 0:
+                    raise starting() from None
+                raise Refusal(504, "timeout", f"not finished within {seconds:g} s") from None
+            except BackPressureError:
+                raise Refusal(503, "queue_full", "too many images wait already", retry_after=5) from None
+            except (RayActorError, RayTaskError) as error:
+                await self._again(error, attempt)
+            finally:
+                response.cancel()
+
+    async def _again(self, error: Exception, attempt: int) -> None:
+        """Returns when another attempt makes sense; else raises what a client may know."""
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        broken = isinstance(cause, Refusal) and cause.code == "engine_broken"
+        if isinstance(cause, DiffrayError) and not (broken and attempt + 1 < ATTEMPTS):
+            raise cause from None
+        if not isinstance(cause, RayActorError | Refusal):
+            raise error
+        if attempt + 1 == ATTEMPTS:
+            raise Refusal(503, "replica_lost", "the replica was lost, try again", retry_after=2) from None
+        metrics.RETRIES.add()
+        await asyncio.sleep(PAUSE if broken else 0.1)
+
+
+def starting() -> Refusal:
+    """The refusal while no replica is up yet."""
+    return Refusal(503, "starting", "the model is being started, try again", retry_after=15)
