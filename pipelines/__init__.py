@@ -13,9 +13,9 @@ from .job import JobResult, run
 from .models import Models, OpenModel
 from .processor import Processor, ProcessorConfig, build_processor
 from .progress import for_this_terminal
-from .rows import request_from
 from .status import JobStatus, job_status
 from .store import Store
+from .values import request_from
 
 __all__ = [
     "Encoding",

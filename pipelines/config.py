@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from PIL import ImageColor
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diffray.model.errors import DiffrayError
+
+Task = Literal["generate", "augment", "inpaint", "outpaint", "edit", "upscale", "encode", "decode"]
 
 
 class InvalidJob(DiffrayError, ValueError):
@@ -20,7 +25,7 @@ class InvalidJob(DiffrayError, ValueError):
 class Strict(BaseModel):
     """Values that never change and have no unknown names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelOptions(Strict):
@@ -44,6 +49,49 @@ class Encoding(Strict):
     """Of jpeg and webp; webp at 100 is lossless."""
     layout: Literal["parquet", "files"] = "parquet"
     """Bytes inside the Parquet column `image`, or one file per image beside a metadata table."""
+
+
+class Range(Strict):
+    """Evenly spaced numbers of a sweep, both ends included."""
+
+    start: int | float = Field(alias="from")
+    """The first value."""
+    to: int | float
+    """The last value, if a whole number of steps leads there."""
+    step: int | float = Field(gt=0)
+    """The distance between two values."""
+
+    def values(self) -> list[int | float]:
+        """The numbers, rounded to ten digits so that they are those one would write down."""
+        count = math.floor((self.to - self.start) / self.step + 1e-9) + 1
+        return [round(self.start + i * self.step, 10) for i in range(max(count, 0))]
+
+
+class Pictures(Strict):
+    """Where source pictures are, and what is done to them before the task's own work.
+
+    PNG, JPEG, WebP, BMP, TIFF and GIF are read; of an animation the first frame. They are turned upright by
+    their EXIF orientation; 16 bits become 8, palettes, CMYK and gray become RGB, colour profiles are ignored.
+    """
+
+    root: str | None = None
+    """Folder of pictures that are named by path; a path is relative to its table when left out."""
+    background: str = "white"
+    """What shows through transparent pixels: a colour name or #rrggbb."""
+    max_side: int | None = Field(default=None, ge=8)
+    """Larger pictures are made smaller, so that the longer side has this many pixels."""
+    fit: Literal["stretch", "crop"] = "stretch"
+    """When the request's width and height have another shape: stretch, or cut off what is too much, evenly."""
+    max_pixels: int = Field(default=64_000_000, ge=64, le=178_000_000)
+    """Larger pictures are rejected by their header, before anything is decoded."""
+    max_bytes: int = Field(default=256 * 2**20, ge=1)
+    """Larger files are rejected before they are read."""
+
+    @field_validator("background")
+    @classmethod
+    def _is_colour(cls, name: str) -> str:
+        ImageColor.getrgb(name)
+        return name
 
 
 class ShardLimits(Strict):
@@ -113,24 +161,66 @@ class Workers(Strict):
 
 
 class JobConfig(Strict):
-    """One batch job.
+    """One batch job. Paths are relative to the current directory, or fsspec URLs."""
 
-    `defaults` are request fields for rows that do not say; `seed` is mixed with each image's id where the
-    row gives no seed. Paths are relative to the current directory, or fsspec URLs.
-    """
-
-    input: str
+    task: Task = "generate"
+    """What is made of every row."""
+    input: str | list[str]
+    """Tables, tars, image folders, datasets of `save_to_disk`: files, folders, globs or URLs."""
     output: str
+    """Folder or URL of the dataset; the same job run again goes on there."""
     model: ModelOptions = ModelOptions()
+    """The model of all rows."""
+    models: dict[str, ModelOptions] = {}
+    """Several models by name, instead of `model`: a row's column `model`, or the sweep, picks one; else the first."""
+    columns: dict[str, str] = {}
+    """Request field to the input column that holds it, where the names differ."""
+    templates: dict[str, str] = {}
+    """Request field to a text with {column} in it, such as "a photo of {label}, {weather}"."""
+    sweep: dict[str, list[Any] | Range] = {}
+    """Request field, template variable or `model` to the values it takes in turn; every combination is made."""
     defaults: dict[str, Any] = {}
+    """Request fields for rows that do not say."""
     images_per_prompt: int = Field(default=1, ge=1, le=100_000)
+    """Images of every row and combination, each with a seed of its own; a row's column `n` goes first."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Mixed with each image's id where its row gives no seed."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first rows of the input."""
+    pictures: Pictures = Pictures()
     encoding: Encoding = Encoding()
     shards: ShardLimits = ShardLimits()
     workers: Workers = Workers()
     storage: dict[str, dict[str, Any]] = Field(default={}, exclude=True, repr=False)
     contact_sheet: int = Field(default=24, ge=0, le=400)
     """Images on `contact_sheet.png`; 0 leaves it out."""
+
+    @model_validator(mode="after")
+    def _one_way_of_models(self) -> Self:
+        if self.models and self.model != ModelOptions():
+            raise ValueError("give model or models, not both")
+        if len({repr(options) for options in self.models.values()}) < len(self.models):
+            raise ValueError("models: two names for the same options")
+        return self
+
+    def placed(self) -> JobConfig:
+        """The same job with absolute local paths: a relative one means something else where a worker runs."""
+        pictures = self.pictures
+        if pictures.root is not None:
+            pictures = pictures.model_copy(update={"root": _absolute(pictures.root)})
+        return self.model_copy(
+            update={"input": [_absolute(url) for url in self.inputs], "pictures": pictures}
+        )
+
+    @property
+    def every_model(self) -> dict[str, ModelOptions]:
+        """Options by name; the single model's name is empty."""
+        return self.models or {"": self.model}
+
+    @property
+    def inputs(self) -> list[str]:
+        """The input as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
 
     def storage_options(self, url: str) -> dict[str, Any]:
         """The options for `url`: those of its longest listed prefix, else of its protocol."""
@@ -165,6 +255,10 @@ class JobConfig(Strict):
         if not isinstance(values, dict):
             raise InvalidJob(f"{path}: got {type(values).__name__}, expected a mapping of job keys")
         return cls.checked(values)
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))
 
 
 def storage_options(storage: Mapping[str, Mapping[str, Any]], url: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -14,18 +15,23 @@ from .config import JobConfig
 from .store import Store
 
 JOB = "_diffray/job.json"
+_ELSEWHERE: Any = {"input": True, "output": True, "workers": True, "pictures": {"root"}}
+"""Where the job reads, writes and runs: that may change."""
 VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
 """The software that decides the bytes of images, image files and Parquet files."""
 
 
-def fingerprint(config: JobConfig, model: ModelConfig, checksum: str) -> dict[str, Any]:
+def fingerprint(
+    config: JobConfig, models: Mapping[str, ModelConfig], checksums: Mapping[str, str]
+) -> dict[str, Any]:
     """Config (but for where it runs, reads and writes), model and software, as plain JSON values.
 
     What the input holds is the plan's business: it may grow.
     """
+    facts = {name: {**asdict(model), "checksum": checksums[name]} for name, model in models.items()}
     values = {
-        "config": config.model_dump(mode="json", exclude={"input", "output", "workers"}),
-        "model": {**asdict(model), "checksum": checksum},
+        "config": config.model_dump(mode="json", exclude=_ELSEWHERE),
+        "model": facts if config.models else facts[""],
         "versions": {name: version(name) for name in VERSIONS},
     }
     return dict(json.loads(json.dumps(values)))

@@ -7,7 +7,7 @@ order of rows nor the names of files matter. It keeps sixteen bytes per planned 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 
 import numpy as np
@@ -28,7 +28,9 @@ BATCH = 1000
 """Images that are compared at a time."""
 
 
-def grow(store: Store, config: JobConfig, model: ModelConfig, source: Source, plan: Plan) -> Plan:
+def grow(
+    store: Store, config: JobConfig, models: Mapping[str, ModelConfig], source: Source, plan: Plan
+) -> Plan:
     """Plan what is new in the input; returns the plan that covers all of it.
 
     Raises:
@@ -36,7 +38,7 @@ def grow(store: Store, config: JobConfig, model: ModelConfig, source: Source, pl
         InvalidJob: the input as a whole is unusable, or it changed while it was read.
     """
     files = source.fingerprint()
-    survey, images = planned(config, model, source)
+    survey, images = planned(config, models, source)
     user = read_shard(store, 0).user if plan.shards else survey.user.schema
     if survey.user.schema != user:
         before, after = ({f.name: str(f.type) for f in schema} for schema in (user, survey.user.schema))
@@ -55,6 +57,10 @@ def grow(store: Store, config: JobConfig, model: ModelConfig, source: Source, pl
         rejected=plan.rejected + wrote.rejected,
         shards=plan.shards + wrote.shards,
         input=files,
+        models={
+            name: [*plan.models.get(name, ()), *wrote.models.get(name, ())]
+            for name in {**plan.models, **wrote.models}
+        },
         number=plan.number + 1,
     )
     if wrote.shards:
@@ -68,7 +74,7 @@ def _stored(images: Iterator[PlannedImage], user: object) -> Iterator[PlannedIma
     batch: list[PlannedImage] = []
 
     def through() -> Iterator[PlannedImage]:
-        yield from PlanShard.from_parquet(PlanShard(tuple(batch), user).to_parquet()).images  # type: ignore[arg-type]
+        yield from PlanShard.from_parquet(PlanShard(tuple(batch), user).to_parquet()).images
         batch.clear()
 
     for image in images:

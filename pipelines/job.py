@@ -76,10 +76,12 @@ def run(
     options = config.storage_options(config.output)
     store, progress = store or Store(config.output, options), progress or Silent()
     models = models or Models(config.storage)
-    source = Source(config.input, config.storage_options(config.input))
+    config = config.placed()
+    source = Source(config.inputs, config.storage_options, config.limit)
     _apart(source, store)
-    model = models.config(config.model)
-    mine, files = fingerprint(config, model, models.checksum(config.model)), source.fingerprint()
+    kinds = {name: models.config(options) for name, options in config.every_model.items()}
+    checksums = {name: models.checksum(options) for name, options in config.every_model.items()}
+    mine, files = fingerprint(config, kinds, checksums), source.fingerprint()
     refuse_foreign(store)
     if plan := read_plan(store):
         check(store, mine)
@@ -89,9 +91,9 @@ def run(
         plan = read_plan(store)
         if plan is None:
             record(store, mine)
-            plan = write_plan(store, config, model, source)
+            plan = write_plan(store, config, kinds, source)
         elif plan.input != files:
-            plan = grow(store, config, model, source, plan)
+            plan = grow(store, config, kinds, source, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
     return _result(store, plan, made, started)
 
@@ -129,13 +131,25 @@ def _generate(
     images, rejected = totals(plan, before)
     progress.start(plan.images, images + rejected, rejected)
     try:
-        for event in generate(config, lock.run, store, models, [Share(config.model, pending)]):
+        for event in generate(config, lock.run, store, models, _shares(config, plan, pending)):
             if isinstance(event, Pulse):
                 progress.pulse(event)
             else:
                 progress.advance(*event)
     finally:
         progress.stop()
+
+
+def _shares(config: JobConfig, plan: Plan, pending: Sequence[int]) -> list[Share]:
+    """The pending shards of each model."""
+    if not config.models:
+        return [Share(config.model, pending)]
+    left = set(pending)
+    shares = [(config.models[name], [n for n in shards if n in left]) for name, shards in plan.models.items()]
+    # A shard of rejected rows alone has no model: any will do.
+    rest = sorted(left - {n for _, shards in shares for n in shards})
+    shares += [(next(iter(config.models.values())), rest)]
+    return [Share(options, shards) for options, shards in shares if shards]
 
 
 def _result(store: Store, plan: Plan, made: int, started: float) -> JobResult:

@@ -12,33 +12,30 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from diffray.model.config import ModelConfig
-from diffray.model.errors import InvalidRequest, JobConflict
+from diffray.model.errors import JobConflict
 
+from .carried import UserColumns
+from .columns import COUNT_COLUMNS, Reading, content_hash, text_hash
 from .config import InvalidJob, JobConfig, ShardLimits
-from .rows import (
-    COUNT_COLUMNS,
-    IMAGE_COLUMNS,
-    PlannedImage,
-    RowRules,
-    content_hash,
-    given_id,
-    given_place,
-    parsed,
-    request_from,
-)
-from .source import Source, SourceRow
+from .rows import PlannedImage, RowRules
+from .settings import SOURCE_COLUMN
+from .source import Source
 from .store import Store
-from .tables import PlanShard, UserColumns
+from .tables import PlanShard
 
 PLANS = "_diffray/plans"
+WRITERS = 8
+"""Plan shards that are written at once: an object store takes longer for one than planning it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +54,8 @@ class Plan:
     """Rejected rows of shards below this number count no more: later shards run them again."""
     number: int = 1
     """Number of the record."""
+    models: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """The shards of each model, where the job has several."""
 
 
 def shard_path(shard: int) -> str:
@@ -92,7 +91,7 @@ def read_shard(store: Store, shard: int) -> PlanShard:
     return PlanShard.from_parquet(store.read(shard_path(shard)))
 
 
-def write_plan(store: Store, config: JobConfig, model: ModelConfig, source: Source) -> Plan:
+def write_plan(store: Store, config: JobConfig, models: Mapping[str, ModelConfig], source: Source) -> Plan:
     """Survey the input and write the whole plan.
 
     Raises:
@@ -100,20 +99,22 @@ def write_plan(store: Store, config: JobConfig, model: ModelConfig, source: Sour
             while it was read.
     """
     files = source.fingerprint()
-    survey, images = planned(config, model, source)
+    survey, images = planned(config, models, source)
     wrote = write_shards(store, images, survey.user.schema, config.shards)
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
-    plan = Plan(survey.rows, wrote.images, wrote.rejected, wrote.shards, files)
+    plan = Plan(survey.rows, wrote.images, wrote.rejected, wrote.shards, files, models=wrote.models)
     record_plan(store, plan)
     return plan
 
 
-def planned(config: JobConfig, model: ModelConfig, source: Source) -> tuple[Survey, Iterator[PlannedImage]]:
+def planned(
+    config: JobConfig, models: Mapping[str, ModelConfig], source: Source
+) -> tuple[Survey, Iterator[PlannedImage]]:
     """The survey of an input, and every image of the job in input order."""
-    rules = RowRules(model, _defaults(config, model), config.images_per_prompt, config.seed)
-    survey = Survey(source, has_default_prompt="prompt" in rules.defaults)
-    return survey, survey.images(rules)
+    rules = RowRules(config, models, source.root)
+    survey = Survey(source, rules)
+    return survey, survey.images()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ class Written:
     images: int
     rejected: int
     shards: int
+    models: Mapping[str, Sequence[int]]
+    """The shards of each named model."""
 
 
 def write_shards(
@@ -130,42 +133,40 @@ def write_shards(
 ) -> Written:
     """Cut images into shards and write them, numbered from `first`."""
     count = rejected = shards = 0
-    for members in _shards(images, limits):
-        store.write(shard_path(first + shards), PlanShard(tuple(members), user).to_parquet())
-        count += len(members)
-        rejected += sum(image.request is None for image in members)
-        shards += 1
-    return Written(count, rejected, shards)
+    models: dict[str, list[int]] = {}
+    with ThreadPoolExecutor(WRITERS, thread_name_prefix="plan") as pool:
+        waiting: deque[Future[None]] = deque()
+        for members in cut(images, limits):
+            waiting.append(pool.submit(_write_shard, store, first + shards, PlanShard(tuple(members), user)))
+            if len(waiting) > WRITERS:
+                waiting.popleft().result()
+            count += len(members)
+            rejected += sum(image.reason is not None for image in members)
+            if members[0].model:
+                models.setdefault(members[0].model, []).append(first + shards)
+            shards += 1
+        for one in waiting:
+            one.result()
+    return Written(count, rejected, shards, models)
 
 
-def _defaults(config: JobConfig, model: ModelConfig) -> dict[str, object]:
-    """The job's request defaults, checked as if they were a row."""
-    try:
-        request_from(config.defaults).resolved(model)
-    except InvalidRequest as error:
-        raise InvalidJob(f"defaults: {error}") from None
-    return {name: parsed(name, value) for name, value in config.defaults.items() if value is not None}
+def _write_shard(store: Store, number: int, shard: PlanShard) -> None:
+    store.write(shard_path(number), shard.to_parquet())
 
 
-def _shards(images: Iterator[PlannedImage], limits: ShardLimits) -> Iterator[list[PlannedImage]]:
-    members: list[PlannedImage] = []
-    total = 0.0
+def cut(images: Iterator[PlannedImage], limits: ShardLimits) -> Iterator[list[PlannedImage]]:
+    """The images in lots that each make a shard: of one model, within the limits, in the order given."""
+    lots: dict[str, list[PlannedImage]] = {}
+    work: dict[str, float] = {}
     for image in images:
-        work = _work(image)
-        if members and (len(members) >= limits.images or total + work > limits.work):
+        members, total = lots.setdefault(image.model, []), work.get(image.model, 0.0)
+        if members and (len(members) >= limits.images or total + image.work > limits.work):
             yield members
             members, total = [], 0.0
+            lots[image.model] = members
         members.append(image)
-        total += work
-    if members:
-        yield members
-
-
-def _work(image: PlannedImage) -> float:
-    request = image.request
-    if request is None:
-        return 0.0
-    return float((request.width or 0) * (request.height or 0) * (request.steps or 0))
+        work[image.model] = total + image.work
+    yield from (members for members in lots.values() if members)
 
 
 class Survey:
@@ -173,27 +174,33 @@ class Survey:
 
     Attributes:
         rows: how many rows there are, unreadable ones included.
-        user: the columns that diffray does not know, with their types.
+        user: the columns that the job carries beside the request's own, with their types.
 
     Raises:
-        InvalidJob: no `prompt` column, two columns that mean the same, image columns, or duplicate ids.
+        InvalidJob: no `prompt` column, two columns that mean the same, or duplicate ids.
     """
 
-    def __init__(self, source: Source, *, has_default_prompt: bool) -> None:
-        self._source = source
+    def __init__(self, source: Source, rules: RowRules) -> None:
+        self._source, self._rules = source, rules
         self.rows = 0
         columns: dict[str, None] = {}
         user = UserColumns(source.schema())
+        rules.classes = source.classes
+        for variant in rules.variants:
+            user.observe({name: variant.values[name] for name in rules.variables})
         given, derived, placed = array("Q"), array("Q"), 0
         for row in source.rows():
             self.rows += 1
             columns.update(dict.fromkeys(row.values))
-            user.observe(row)
+            reading = rules.columns.read(row)
+            user.observe(self._carried(reading))
             if row.problem is None:
-                key = _key(row)
-                placed += given_place(row) is not None
-                (derived if key is None else given).append(content_hash(row) if key is None else _hash(key))
-        self._check_columns(columns, has_default_prompt)
+                key = reading.key
+                placed += reading.place is not None
+                (derived if key is None else given).append(
+                    content_hash(row) if key is None else text_hash(key)
+                )
+        self._check_columns(columns)
         if 0 < placed < len(given) + len(derived):
             raise InvalidJob(
                 f"{placed} rows name their image by row_id and index, the others do not: use one way"
@@ -201,56 +208,72 @@ class Survey:
         self._check_unique(given, derived)
         values, counts = np.unique(np.frombuffer(derived, dtype=np.uint64), return_counts=True)
         self._repeated = set(values[counts > 1].tolist())
-        user.finish()
+        user.finish(self._own_schema(columns))
         self.user = user
 
-    def images(self, rules: RowRules) -> Iterator[PlannedImage]:
+    def images(self) -> Iterator[PlannedImage]:
         """The second pass: every image of the job, in input order."""
         seen: dict[int, int] = {}
         for row in self._source.rows():
-            row_id = given_id(row)
+            reading = self._rules.columns.read(row)
+            row_id = reading.id
             if row_id is None:
                 content = content_hash(row)
                 row_id = f"{content:016x}"
                 if content in self._repeated:
                     seen[content] = occurrence = seen.get(content, 0) + 1
                     row_id += f".{occurrence}" if occurrence > 1 else ""
-            yield from rules.images(row, row_id, self.user.pick(row))
+            yield from self._rules.images(reading, row_id, self.user.pick(self._carried(reading)))
 
-    def _check_columns(self, columns: dict[str, None], has_default_prompt: bool) -> None:
-        if self.rows and "prompt" not in columns and not has_default_prompt:
-            raise InvalidJob(
-                f"the input has no column 'prompt'; it has {', '.join(columns) or 'no readable row'}"
-            )
+    def _carried(self, reading: Reading) -> dict[str, Any]:
+        """The user's own columns; a swept variable takes the place of a column of its name."""
+        if not self._rules.variables or reading.place:
+            return reading.unknown
+        return {n: v for n, v in reading.unknown.items() if n not in self._rules.variables}
+
+    def _own_schema(self, columns: Mapping[str, None]) -> pa.Schema:
+        """The task's own fields, and references to the sources that rows have or templates make."""
+        rules = self._rules
+        sources = [
+            name
+            for name in rules.kind.takes
+            if name in rules.templates or any(column in columns for column in rules.columns.looked_for(name))
+        ]
+        fields = [(SOURCE_COLUMN.get(name, name), pa.string()) for name in sources]
+        return pa.schema([*fields, *rules.kind.fields.items()])
+
+    def _check_columns(self, columns: Mapping[str, None]) -> None:
+        rules, has = self._rules, ", ".join(columns) or "no readable row"
+        if not self.rows:
+            return
+        made = {*rules.defaults, *rules.templates, *(name for v in rules.variants for name in v.values)}
+        for name in ("prompt", *rules.kind.needs):
+            looked = rules.columns.looked_for(name)
+            if name not in made and not any(column in columns for column in looked):
+                names = looked[:1] if name == "prompt" else looked[:3]
+                raise InvalidJob(f"the input has no column {' or '.join(map(repr, names))}; it has {has}")
+        for template in rules.templates.values():
+            known = {*columns, *rules.columns.fields, *made, *rules.variables}
+            if odd := sorted(template.names - known):
+                where = f"templates.{template.field}"
+                raise InvalidJob(f"{where}: the input has no column {odd[0]!r}; it has {has}")
         if all(name in columns for name in COUNT_COLUMNS):
             raise InvalidJob(f"the input has both columns {' and '.join(COUNT_COLUMNS)}; they mean the same")
-        if wrong := [name for name in IMAGE_COLUMNS if name in columns]:
-            raise InvalidJob(f"input columns {', '.join(wrong)}: source images are not read from tables yet")
 
     def _check_unique(self, given: array[int], derived: array[int]) -> None:
         values, counts = np.unique(np.frombuffer(given, dtype=np.uint64), return_counts=True)
-        hashes = np.unique(np.frombuffer(derived, dtype=np.uint64)).tolist()
-        taken = {_hash(f"{content:016x}") for content in hashes} if len(given) else set()
+        hashes = np.unique(np.frombuffer(derived, dtype=np.uint64)).tolist() if len(given) else []
+        taken = {text_hash(f"{content:016x}") for content in hashes}
         suspects = set(values[counts > 1].tolist()) | (taken & set(values.tolist()) if taken else set())
         if not suspects:
             return
         places: dict[str, list[str]] = {}
         for row in self._source.rows():
-            key = _key(row) if row.problem is None else None
+            key = self._rules.columns.read(row).key if row.problem is None else None
             key = f"{content_hash(row):016x}" if key is None and row.problem is None else key
-            if key is not None and _hash(key) in suspects:
+            if key is not None and text_hash(key) in suspects:
                 places.setdefault(key, []).append(f"{row.file}:{row.line}")
         double = {key: where for key, where in places.items() if len(where) > 1}
         if double:
             shown = "; ".join(f"{key!r} at {', '.join(where[:5])}" for key, where in list(double.items())[:5])
             raise InvalidJob(f"duplicate ids, each would overwrite the other ({len(double)} in all): {shown}")
-
-
-def _key(row: SourceRow) -> str | None:
-    """What must be unique among rows that bring their own id."""
-    place = given_place(row)
-    return f"{place[0]}\0{place[1]}" if place else given_id(row)
-
-
-def _hash(text: str) -> int:
-    return content_hash(SourceRow("", 0, {"": text}))

@@ -18,10 +18,12 @@ from pydantic import Field
 
 from diffray.model.errors import DiffrayError
 
+from .columns import content_hash
 from .config import Encoding, ModelOptions, Strict
 from .models import Models
-from .rows import REQUEST_COLUMNS, content_hash, derived_seed, request_from
-from .source import SourceRow
+from .readers import SourceRow
+from .rows import derived_seed
+from .values import REQUEST_COLUMNS, request_from
 from .worker import encoded
 
 if TYPE_CHECKING:

@@ -1,65 +1,112 @@
-"""The input table as a stream of rows, in file order, with the place where each row stands.
+"""The input of a job as a stream of rows, in file order, with the place where each row stands.
 
 Read by this file rather than by Ray Data: ids, seeds and shards depend on row order and on line numbers,
 and one bad line must cost one row. Memory stays constant whatever the table's size.
 
     .csv .tsv          a header line, then one record per row; an empty cell says nothing
     .jsonl .ndjson     one JSON object per line
-    .parquet           any Parquet file
+    .parquet .arrow    tables; cells of bytes are left where they are
     .txt               one prompt per line
+    .tar               WebDataset: members of one name are a row
 
-A folder or a glob is all such files below it, in name order. `.gz`, `.bz2`, `.xz` and `.zst` are unpacked.
+A glob is all files it matches, a folder all such files below it, in name order; names that begin with `_` or `.`
+are passed by. Three kinds of folders are more than that: one that `datasets` saved to disk is its Arrow files in
+their order; one with pictures and tables named `metadata` is these tables (the imagefolder convention), whose
+`file_name` leads to the pictures; one with pictures and no table is one row per picture, with its sub-folder's
+name as `label` and the text file of the same name, if there is one, as `prompt`. `.gz`, `.bz2`, `.xz` and `.zst`
+are unpacked, except around tables of bytes and tars.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from posixpath import basename, splitext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from posixpath import basename, commonpath, dirname, join, relpath, splitext
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffray.model.storage import open_storage
 
+from .archives import read_tar
+from .columnar import class_names, read_arrow, read_parquet, stated_schema
 from .config import InvalidJob
+from .readers import SourceRow, checked, read_csv, read_jsonl, read_text, read_tsv
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHUNK = 1 << 20
+SAMPLED_ABOVE = 64
+"""Chunks of a file beyond which its digest is that of so many chunks spread over it."""
+
+Reader = Callable[[IO[bytes], str], Iterator[SourceRow]]
+READERS: dict[str, Reader] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".txt": read_text,
+    ".tar": read_tar,
+}
+COLUMNAR = (".parquet", ".arrow")
+WHOLE = (*COLUMNAR, ".tar")
+"""Read by position, so never through a decompressor."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True, slots=True)
-class SourceRow:
-    """One row as it was read. `problem` says why it is no row at all; then `values` is empty."""
+class _Found:
+    """What one input stands for: files to read one by one, or the pictures of a folder, which are rows themselves."""
 
-    file: str
-    line: int
-    """Line in a text file, row number in a Parquet file; both count from 1."""
-    values: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
+    root: str
+    files: Sequence[str]
+    pictures: bool = False
 
 
 class Source:
-    """The input files of one job.
+    """The input of one job.
+
+    Args:
+        inputs: files, folders, globs or URLs, all on one storage.
+        storage: fsspec options of a URL, as `JobConfig.storage_options` gives them.
+        limit: only so many rows.
+
+    Attributes:
+        files: full paths of everything that is read.
+        root: absolute path or URL of the folder that all of it is in; `SourceRow.file` is relative to it.
 
     Raises:
         InvalidJob: there is no such file, or one has an unknown ending.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
-        try:
-            self._fs, root = open_storage(url, options)
-            paths = _expand(self._fs, str(root))
-        except (ValueError, ImportError, OSError) as error:
-            raise InvalidJob(f"input {url}: {error}") from None
-        if not paths:
-            raise InvalidJob(f"input {url}: no such file, or a folder without input files")
-        self.files = tuple(paths)
-        self._readers = [_reader(path) for path in paths]
+    def __init__(
+        self,
+        inputs: str | Sequence[str],
+        storage: Callable[[str], Mapping[str, Any]] = lambda url: {},
+        limit: int | None = None,
+    ) -> None:
+        urls = [inputs] if isinstance(inputs, str) else list(inputs)
+        found, self._limit = [], limit
+        for url in urls:
+            try:
+                self._fs, path = open_storage(url, storage(url))
+                found.append(_expanded(self._fs, path))
+            except (ValueError, ImportError, OSError) as error:
+                raise InvalidJob(f"input {url}: {error}") from None
+            if not found[-1].files:
+                raise InvalidJob(f"input {url}: no such file, or a folder without input files")
+        if len({url.partition("://")[0] if "://" in url else "file" for url in urls}) != 1:
+            raise InvalidJob(f"input: expected one or more places on the same storage, got {urls}")
+        self._found = found
+        self.files = tuple(path for one in found for path in one.files)
+        self._root = commonpath([one.root for one in found])
+        self.root = self._root if "://" not in urls[0] else str(self._fs.unstrip_protocol(self._root))
+        self.classes: dict[str, list[str]] = {}
+        """Column to the names of its class numbers, filled by `schema`."""
 
     def rows(self) -> Iterator[SourceRow]:
         """All rows of all files.
@@ -67,51 +114,139 @@ class Source:
         Raises:
             InvalidJob: a file cannot be read as what its ending says (no header, broken Parquet).
         """
-        for path, reader in zip(self.files, self._readers, strict=True):
+        return islice((row for one in self._found for row in self._rows(one)), self._limit)
+
+    def _rows(self, found: _Found) -> Iterator[SourceRow]:
+        if found.pictures:
+            yield from self._pictures(found)
+            return
+        for path in found.files:
             try:
-                with self._fs.open(path, "rb", compression="infer") as file:
-                    yield from reader(file, basename(path))
+                with self._opened(path) as file:
+                    yield from READERS[_ending(path)](file, self._name(path))
             except (OSError, EOFError, pa.ArrowException) as error:
                 raise InvalidJob(f"input {path}: {error}") from None
 
+    def _pictures(self, found: _Found) -> Iterator[SourceRow]:
+        texts = {splitext(path)[0]: path for path in found.files if path.endswith(".txt")}
+        pictures = [path for path in found.files if not path.endswith(".txt")]
+        for line, path in enumerate(pictures, start=1):
+            values: dict[str, Any] = {"file_name": self._name(path)}
+            if folder := relpath(dirname(path), found.root).removeprefix("."):
+                values["label"] = basename(folder)
+            if text := texts.get(splitext(path)[0]):
+                values["prompt"] = self._fs.cat_file(text).decode("utf-8", "surrogateescape").strip()
+            yield checked(self._name(found.root), line, values)
+
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Name, size and SHA-256 of every file."""
-        return [self._digest(path) for path in self.files]
+        """Name, size and SHA-256 of every table, and of the list of a folder's pictures with their sizes."""
+        return [
+            digest
+            for one in self._found
+            for digest in ([self._listing(one)] if one.pictures else map(self._digest, one.files))
+        ]
 
     def schema(self) -> pa.Schema | None:
-        """The columns and their types where the files state them (Parquet), else None."""
-        if any(reader is not _parquet for reader in self._readers):
+        """The columns and their types where the files state them (Parquet, Arrow), else None."""
+        if any(one.pictures for one in self._found) or any(_ending(p) not in COLUMNAR for p in self.files):
             return None
         schemas = []
         for path in self.files:
-            with self._fs.open(path, "rb") as file:
-                try:
-                    schemas.append(pq.read_schema(file))
-                except pa.ArrowException as error:
-                    raise InvalidJob(f"input {path}: {error}") from None
+            try:
+                with self._opened(path) as file:
+                    schemas.append(stated_schema(file, path))
+            except (OSError, pa.ArrowException) as error:
+                raise InvalidJob(f"input {path}: {error}") from None
+            self.classes |= class_names(schemas[-1])
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
         except pa.ArrowException as error:
             raise InvalidJob(f"input files disagree about a column: {error}") from None
 
+    def _opened(self, path: str) -> Any:
+        return self._fs.open(path, "rb", compression=None if _ending(path) in WHOLE else "infer")
+
+    def _name(self, path: str) -> str:
+        return relpath(path, self._root)
+
     def _digest(self, path: str) -> dict[str, Any]:
-        digest, size = hashlib.sha256(), 0
+        """Of the whole file, or of chunks spread over a large one; beginning and end are always among them."""
+        digest, size = hashlib.sha256(), int(self._fs.size(path) or 0)
         with self._fs.open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
+            if size <= SAMPLED_ABOVE * CHUNK or _ending(path) not in WHOLE:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+            else:
+                for i in range(SAMPLED_ABOVE):
+                    file.seek((size - CHUNK) * i // (SAMPLED_ABOVE - 1))
+                    digest.update(file.read(CHUNK))
         return {"name": basename(path), "bytes": size, "sha256": digest.hexdigest()}
 
+    def _listing(self, found: _Found) -> dict[str, Any]:
+        digest, total = hashlib.sha256(), 0
+        sizes = self._fs.find(found.root, detail=True)
+        for path in found.files:
+            size = int(sizes[path]["size"])
+            digest.update(f"{self._name(path)}\0{size}\n".encode("utf-8", "surrogateescape"))
+            total += size
+        return {"name": basename(found.root), "bytes": total, "sha256": digest.hexdigest()}
 
-def _expand(fs: Any, root: str) -> list[str]:
-    if any(c in root for c in "*?["):
-        found = fs.glob(root)
-    elif fs.isdir(root):
-        found = fs.find(root)
-    else:
-        return [root] if fs.exists(root) else []
-    visible = (str(p) for p in found if "/_" not in str(p)[len(root) :] and "/." not in str(p)[len(root) :])
-    return sorted(p for p in visible if _ending(p) in READERS)
+
+def _expanded(fs: Any, path: str) -> _Found:
+    """The files that one input stands for.
+
+    Raises:
+        InvalidJob: it is something that is not read.
+    """
+    if _ending(path.rstrip("/")) == ".lance":
+        raise InvalidJob(f"input {path}: Lance datasets are not read; write them as Parquet first")
+    if any(c in path for c in "*?["):
+        root = dirname(path[: min(path.index(c) for c in "*?[" if c in path)] + "x")
+        return _Found(root, [p for p in _visible(root, fs.glob(path)) if _ending(p) in READERS])
+    if not fs.isdir(path):
+        if not fs.exists(path):
+            return _Found(dirname(path), [])
+        _check_ending(path)
+        return _Found(dirname(path), [path])
+    saved = _saved_to_disk(fs, path)
+    return _Found(path, saved) if saved else _folder(fs, path)
+
+
+def _folder(fs: Any, root: str) -> _Found:
+    paths = list(_visible(root, fs.find(root)))
+    tables = [p for p in paths if _ending(p) in READERS]
+    pictures = [p for p in paths if splitext(p)[1].lower() in PICTURES]
+    if not pictures:
+        return _Found(root, tables)
+    if metadata := [p for p in tables if splitext(basename(p))[0] == "metadata"]:
+        return _Found(root, metadata)
+    stems = {splitext(p)[0] for p in pictures}
+    if all(p.endswith(".txt") and splitext(p)[0] in stems for p in tables):
+        return _Found(root, pictures + tables, pictures=True)
+    return _Found(root, tables)
+
+
+def _saved_to_disk(fs: Any, folder: str) -> list[str]:
+    """The files of a dataset that `datasets` saved, in its order; none if it is no such folder."""
+    if fs.exists(join(folder, "dataset_dict.json")):
+        splits = json.loads(fs.cat_file(join(folder, "dataset_dict.json")))["splits"]
+        raise InvalidJob(
+            f"input {folder} holds several splits, choose one: {', '.join(join(folder, s) for s in splits)}"
+        )
+    if not (fs.exists(join(folder, "state.json")) and fs.exists(join(folder, "dataset_info.json"))):
+        return []
+    state = json.loads(fs.cat_file(join(folder, "state.json")))
+    if state.get("_indices_data_files"):
+        raise InvalidJob(f"input {folder} is a selection of rows; call flatten_indices() before it is saved")
+    return [join(folder, file["filename"]) for file in state["_data_files"]]
+
+
+def _visible(root: str, paths: Sequence[str]) -> Iterator[str]:
+    """Those without a hidden part below `root`, in name order."""
+    for path in sorted(str(p) for p in paths):
+        below = path[len(root) :]
+        if "/_" not in below and "/." not in below:
+            yield path
 
 
 def _ending(path: str) -> str:
@@ -119,111 +254,9 @@ def _ending(path: str) -> str:
     return splitext(stem)[1] if ending in COMPRESSED else ending
 
 
-def _reader(path: str) -> Callable[[IO[bytes], str], Iterator[SourceRow]]:
-    try:
-        return READERS[_ending(path)]
-    except KeyError:
-        raise InvalidJob(f"input {path}: allowed endings are {', '.join(READERS)}") from None
-
-
-def _csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[SourceRow]:
-    # surrogateescape keeps undecodable bytes inside their own cell, so that only their row is lost.
-    lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise InvalidJob(f"input {name}: header: {error}") from None
-    if not header or len(set(header)) < len(header) or any(not _is_text(c) or not c for c in header):
-        raise InvalidJob(f"input {name}: the header needs distinct, non-empty UTF-8 names, got {header}")
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            until = f" to {reader.line_num}" if reader.line_num > line else ""
-            yield SourceRow(name, line, problem=f"line {line}{until} is no CSV record: {error}")
-            continue
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            problem = f"line {line} has {len(cells)} cells, the header has {len(header)}"
-            yield SourceRow(name, line, problem=problem)
-            continue
-        # An empty cell cannot tell "absent" from "empty"; only an empty prompt means something.
-        values = {c: v for c, v in zip(header, cells, strict=True) if v or c == "prompt"}
-        yield _checked(name, line, values)
-
-
-def _tsv(file: IO[bytes], name: str) -> Iterator[SourceRow]:
-    return _csv(file, name, delimiter="\t")
-
-
-def _jsonl(file: IO[bytes], name: str) -> Iterator[SourceRow]:
-    for line, data in enumerate(_without_bom(file), start=1):
-        if not data.strip():
-            continue
-        try:
-            values = json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            yield SourceRow(name, line, problem=f"line {line} is no JSON: {error}")
-            continue
-        if not isinstance(values, dict):
-            problem = f"line {line} is a JSON {type(values).__name__}, expected an object"
-            yield SourceRow(name, line, problem=problem)
-            continue
-        yield _checked(name, line, values)
-
-
-def _text(file: IO[bytes], name: str) -> Iterator[SourceRow]:
-    for line, data in enumerate(_without_bom(file), start=1):
-        if data.strip():
-            prompt = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
-            yield _checked(name, line, {"prompt": prompt})
-
-
-def _parquet(file: IO[bytes], name: str) -> Iterator[SourceRow]:
-    line = 0
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
-        for values in batch.to_pylist():
-            line += 1
-            yield _checked(name, line, values)
-
-
-def _checked(name: str, line: int, values: dict[str, Any]) -> SourceRow:
-    """The row, unless some text in it is no Unicode (undecodable bytes, lone surrogates)."""
-    for column, value in values.items():
-        if not (_is_text(column) and _is_text(value)):
-            return SourceRow(name, line, problem=f"line {line}, column {column!r}: not valid UTF-8")
-    return SourceRow(name, line, values)
-
-
-def _is_text(value: object) -> bool:
-    """Whether every string in a plain value can be written as UTF-8."""
-    if isinstance(value, (dict, list)):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return all(_is_text(part) for part in parts)
-    if not isinstance(value, str) or value.isascii():
-        return True
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _without_bom(file: IO[bytes]) -> Iterator[bytes]:
-    for number, line in enumerate(file):
-        yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-
-
-READERS: dict[str, Callable[[IO[bytes], str], Iterator[SourceRow]]] = {
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".parquet": _parquet,
-    ".txt": _text,
-}
+def _check_ending(path: str) -> None:
+    ending = _ending(path)
+    if ending not in READERS:
+        raise InvalidJob(f"input {path}: allowed endings are {', '.join(READERS)}")
+    if ending in WHOLE and not path.lower().endswith(ending):
+        raise InvalidJob(f"input {path}: unpack it first; {ending} files are read by position")

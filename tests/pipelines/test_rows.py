@@ -148,7 +148,7 @@ def test_user_columns_are_carried_with_their_types(place: Place) -> None:
 def test_rejected_rows_and_data_can_be_fed_back(place: Place) -> None:
     table = place.write("prompt,n,width,seed,label\nPOISON,3,,5,x\ngood,2,,,y\nbad,2,nine,,z\n")
     place.job(table, "one")
-    assert len(place.rows("one", "rejected")) == 4
+    assert len(place.rows("one", "rejected")) == 5
     place.job(str(place.path / "one" / "rejected"), "two")
     one, two = place.rows("one", "rejected"), place.rows("two", "rejected")
     keys = ("id", "seed", "reason", "label", "prompt", "width")
@@ -166,7 +166,7 @@ def test_rejected_rows_and_data_can_be_fed_back(place: Place) -> None:
         ("a.csv", "", "header"),
         ("a.csv", "prompt,prompt\nx,y\n", "distinct"),
         ("a.csv", "prompt,n,images_per_prompt\nx,1,1\n", "mean the same"),
-        ("a.csv", "prompt,init_image\nx,a.png\n", "init_image"),
+
         ("a.csv", "id,prompt\nk,x\nj,y\nk,z\n", "'k' at a.csv:2, a.csv:4"),
         ("a.xlsx", "x", "allowed endings"),
         ("a.parquet", "not parquet", "Parquet"),

@@ -1,0 +1,265 @@
+"""Large values stay where they are: the plan holds a reference to them, the worker reads what it needs.
+
+A reference is text, so that tables hold it and a row that diffray wrote can be fed back:
+
+    cats/1.jpg                                      a file
+    input:train.parquet#row=12&column=image         a cell of a Parquet or Arrow table, rows counted from 0
+    input:shards/0.tar#offset=1536&bytes=20480      a member of a tar
+
+What begins with `input:` is found below the folder of the job's input, anything else below `pictures.root`, which
+is that folder unless the job says otherwise. Nothing outside is ever opened, whatever a table says.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from posixpath import dirname, join, normpath
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffray.model.errors import JobError
+from diffray.model.storage import open_storage
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+"""Reads of one object before the storage, not the row, is taken to be broken."""
+OPEN_TABLES = 8
+"""Tables that one reader keeps open, each with the row group it read last."""
+INPUT = "input:"
+_CELL = re.compile(r"(?P<file>.+)#row=(?P<row>\d{1,15})&column=(?P<column>.+)", re.DOTALL)
+_MEMBER = re.compile(r"(?P<file>.+)#offset=(?P<offset>\d{1,18})&bytes=(?P<bytes>\d{1,18})", re.DOTALL)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+class BlobError(ValueError):
+    """A reference that leads to nothing usable; the message says why. It is its row's own fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One value of a Parquet or Arrow table; its row counts from 0."""
+
+    file: str
+    row: int
+    column: str
+
+    def __str__(self) -> str:
+        return f"{self.file}#row={self.row}&column={self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file inside an uncompressed tar."""
+
+    file: str
+    offset: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.file}#offset={self.offset}&bytes={self.bytes}"
+
+
+class Reference(str):
+    """The text of a reference as a value of a row, where the value itself was not read."""
+
+    __slots__ = ()
+
+    def __new__(cls, place: Cell | Member) -> Reference:
+        return super().__new__(cls, f"{INPUT}{place}")
+
+
+def parsed_reference(text: str) -> Cell | Member | str:
+    """What a reference says; a `str` is the path of a file."""
+    if match := _CELL.fullmatch(text):
+        return Cell(match["file"], int(match["row"]), match["column"])
+    if match := _MEMBER.fullmatch(text):
+        return Member(match["file"], int(match["offset"]), int(match["bytes"]))
+    return text
+
+
+def is_blob(kind: pa.DataType) -> bool:
+    """Whether cells of this type stay where they are: bytes, and the struct of bytes and path of Hugging Face."""
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name for i in range(kind.num_fields)} == {"bytes", "path"}
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def below(root: str, path: str) -> str:
+    """`path` relative to `root`: itself, or an absolute path or URL that lies below it.
+
+    Raises:
+        BlobError: it leads elsewhere, or names another kind of storage.
+    """
+    if not path or "\0" in path or "\\" in path or "::" in path:
+        raise BlobError(f"got {path!r:.200}, allowed is a path with forward slashes")
+    start = root.rstrip("/") + "/"
+    if path.startswith(start):
+        path = path[len(start) :]
+    elif match := _SCHEME.match(path):
+        raise BlobError(
+            f"scheme {match[0]!r} is not allowed, nor anything else outside the folder of the pictures"
+        )
+    elif path.startswith("/"):
+        raise BlobError(
+            f"got the absolute path {path!r:.200}, allowed are paths below the folder of the pictures"
+        )
+    clean = normpath(path)
+    if clean == ".." or clean.startswith("../") or clean == ".":
+        raise BlobError(f"got {path!r:.200}, which leaves the folder of the pictures")
+    return clean
+
+
+class Blobs:
+    """Reads what references lead to. Thread safe.
+
+    Args:
+        root: folder of the job's input.
+        files: folder of files that are named by path; None is `root`.
+        storage: fsspec options by URL, as `JobConfig.storage_options` gives them.
+        limit: bytes of one value, at most.
+    """
+
+    def __init__(
+        self, root: str, files: str | None, storage: Callable[[str], Mapping[str, Any]], limit: int
+    ) -> None:
+        self._roots = {True: open_storage(root, storage(root))}
+        self._roots[False] = open_storage(files, storage(files)) if files else self._roots[True]
+        self._files = files or root
+        self._limit = limit
+        self._tables: OrderedDict[tuple[bool, str], _Rows] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, text: str) -> bytes | None:
+        """The bytes that a reference leads to; None when it is a cell that holds nothing.
+
+        Raises:
+            BlobError: there is no such thing, it is outside the folder, or it is too large.
+            JobError: the storage does not answer.
+        """
+        inside = text.startswith(INPUT)
+        reference = parsed_reference(text.removeprefix(INPUT))
+        if isinstance(reference, Cell):
+            return self._cell(reference, inside)
+        if isinstance(reference, Member):
+            return self._member(reference, inside)
+        return self._file(reference, inside)
+
+    def _member(self, reference: Member, inside: bool) -> bytes:
+        start, size = reference.offset, reference.bytes
+        if size > self._limit:
+            raise BlobError(f"{reference}: got {size} bytes, allowed are {self._limit}")
+        data = self._patiently(
+            reference.file, inside, lambda fs, path: fs.cat_file(path, start, start + size)
+        )
+        if len(data) != size:
+            raise BlobError(f"{reference}: the file ends after {len(data)} of {size} bytes")
+        return bytes(data)
+
+    def _file(self, path: str, inside: bool) -> bytes:
+        def read(fs: Any, full: str) -> bytes:
+            size = fs.size(full)
+            if size is not None and size > self._limit:
+                raise BlobError(f"{path}: got {size} bytes, allowed are {self._limit}")
+            return bytes(fs.cat_file(full))
+
+        return self._patiently(path, inside, read)
+
+    def _cell(self, reference: Cell, inside: bool) -> bytes | None:
+        value = self._table(reference.file, inside).value(reference)
+        if isinstance(value, dict):
+            data, path = value.get("bytes"), value.get("path")
+            if data is None and path:
+                return self._file(join(dirname(reference.file), path), inside)
+            value = data
+        if value is not None and not isinstance(value, bytes):
+            raise BlobError(f"{reference}: got {type(value).__name__}, expected bytes")
+        if value is not None and len(value) > self._limit:
+            raise BlobError(f"{reference}: got {len(value)} bytes, allowed are {self._limit}")
+        return value
+
+    def _table(self, file: str, inside: bool) -> _Rows:
+        key = (inside, file)
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+            table = self._tables[key] = self._patiently(file, inside, lambda fs, path: _Rows(fs, path))
+            if len(self._tables) > OPEN_TABLES:
+                self._tables.popitem(last=False)
+            return table
+
+    def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T]) -> T:
+        """`read(filesystem, full path)`; what is missing is the row's fault, all else is tried again."""
+        fs, root = self._roots[inside]
+        full = join(root, below(root if inside else self._files, path))
+        for attempt in range(ATTEMPTS):
+            try:
+                return read(fs, full)
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise BlobError(f"{path}: no such file") from None
+            except pa.ArrowException as error:
+                raise BlobError(f"{path}: {error}") from None
+            except OSError as error:
+                if attempt == ATTEMPTS - 1:
+                    raise JobError(f"{path} cannot be read: {error}") from error
+                time.sleep(0.1 * 4**attempt)
+        raise AssertionError
+
+
+class _Rows:
+    """Random access to the rows of one table, with the last part that was read kept."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._lock = threading.Lock()
+        self._column: tuple[int, str, pa.ChunkedArray] | None = None
+        self._parquet: pq.ParquetFile | None = None
+        if path.endswith(".parquet"):
+            self._parquet = pq.ParquetFile(fs.open(path, "rb"))
+            groups = self._parquet.metadata
+            sizes = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        else:
+            local = getattr(fs, "local_file", False)
+            self._batches = arrow_batches(pa.memory_map(path) if local else io.BytesIO(fs.cat_file(path)))
+            sizes = [batch.num_rows for batch in self._batches]
+        self._starts = [0]
+        for size in sizes:
+            self._starts.append(self._starts[-1] + size)
+
+    def value(self, reference: Cell) -> Any:
+        """The value of a cell as a Python object."""
+        if reference.row >= self._starts[-1]:
+            raise BlobError(f"{reference}: the table has {self._starts[-1]} rows")
+        part = next(i for i, start in enumerate(self._starts[1:]) if reference.row < start)
+        with self._lock:
+            if self._column is None or self._column[:2] != (part, reference.column):
+                self._column = (part, reference.column, self._read(part, reference))
+            return self._column[2][reference.row - self._starts[part]].as_py()
+
+    def _read(self, part: int, reference: Cell) -> pa.ChunkedArray:
+        try:
+            if self._parquet is not None:
+                return self._parquet.read_row_group(part, columns=[reference.column]).column(0)
+            return pa.chunked_array([self._batches[part].column(reference.column)])
+        except (KeyError, IndexError, pa.ArrowException) as error:
+            raise BlobError(f"{reference}: {error}") from None
+
+
+def arrow_batches(source: Any) -> list[pa.RecordBatch]:
+    """All batches of an Arrow stream (as `datasets` writes it) or file; memory mapped ones cost no memory."""
+    try:
+        return list(pa.ipc.open_stream(source))
+    except pa.ArrowInvalid:
+        source.seek(0)
+        file = pa.ipc.open_file(source)
+        return [file.get_batch(i) for i in range(file.num_record_batches)]

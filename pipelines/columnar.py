@@ -1,0 +1,95 @@
+"""Parquet and Arrow tables as rows. Cells of bytes are not read; the row holds a reference to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .blobs import Cell, Reference, is_blob
+from .readers import SourceRow
+
+BATCH = 1000
+
+
+def read_parquet(file: IO[bytes], name: str) -> Iterator[SourceRow]:
+    """Rows of a Parquet file."""
+    table = pq.ParquetFile(file)
+    blobs = [field.name for field in table.schema_arrow if is_blob(field.type)]
+    plain = [field.name for field in table.schema_arrow if not is_blob(field.type)]
+    start = 0
+    for batch in table.iter_batches(batch_size=BATCH, columns=plain):
+        yield from _rows(batch, name, start, blobs)
+        start += batch.num_rows
+
+
+def read_arrow(file: IO[bytes], name: str) -> Iterator[SourceRow]:
+    """Rows of an Arrow stream, as `datasets` saves it, or an Arrow file."""
+    start = 0
+    for batch in _batches(file):
+        blobs = [field.name for field in batch.schema if is_blob(field.type)]
+        rest = batch.drop_columns(blobs) if blobs else batch
+        yield from _rows(rest, name, start, blobs)
+        start += batch.num_rows
+
+
+def stated_schema(file: IO[bytes], name: str) -> pa.Schema:
+    """The columns and types that a table states."""
+    if name.endswith(".parquet"):
+        return pq.read_schema(file)
+    try:
+        return pa.ipc.open_stream(file).schema
+    except pa.ArrowInvalid:
+        file.seek(0)
+        return pa.ipc.open_file(file).schema
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Column to the names of its class numbers, where a Hugging Face dataset says them."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = {
+            name: feature["names"]
+            for name, feature in features.items()
+            if feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    return {name: names for name, names in found.items() if isinstance(names, list)}
+
+
+def _rows(batch: pa.RecordBatch, name: str, start: int, blobs: list[str]) -> Iterator[SourceRow]:
+    try:
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+    except UnicodeDecodeError:  # some text in it is not valid UTF-8; Arrow does not check
+        rows = [_row(batch, i) for i in range(batch.num_rows)]
+    for i in range(batch.num_rows):
+        values, number = rows[i] if rows else {}, start + i
+        if values is None:
+            yield SourceRow(name, number + 1, problem=f"row {number + 1}: not valid UTF-8")
+            continue
+        for column in blobs:
+            values[column] = Reference(Cell(name, number, column))
+        yield SourceRow(name, number + 1, values)
+
+
+def _row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | None:
+    try:
+        return dict(batch.slice(index, 1).to_pylist()[0])
+    except UnicodeDecodeError:
+        return None
+
+
+def _batches(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    try:
+        stream = pa.ipc.open_stream(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        found = pa.ipc.open_file(file)
+        for i in range(found.num_record_batches):
+            yield found.get_batch(i)
+        return
+    yield from stream
