@@ -10,52 +10,45 @@ bytes. A file without a record does not count.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from posixpath import basename, dirname
 from typing import Any
 
-import pyarrow as pa
-
 from diffray.model.errors import AccountingError, JobConflict
-from diffray.model.request import ImageRequest
 
+from .parts import PART, Made, Outcome, Output, Part, Rejected, leftovers, part_files
 from .plan import Plan
-from .rows import PlannedImage
 from .store import Store
-from .tables import PlanShard, data_row, data_schema, parquet, rejected_row, rejected_schema
+from .tables import PlanShard
 
 COMMITS = "_diffray/commits"
 HISTORY = "_diffray/history"
-READERS = 16
+READERS, WRITERS = 16, 8
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A planned image that became a picture."""
+class Origin:
+    """Which worker made a shard, and when; for reports, never for decisions.
 
-    image: PlannedImage
-    request: ImageRequest
-    """As the engine resolved it."""
-    data: bytes
-    sha256: str
+    Attributes:
+        worker: a random name.
+        born: when the worker began, in seconds since 1970, before it loaded the model.
+        start: seconds of the phases before its first shard.
+        began, ended: when it worked on the shard.
+    """
 
+    worker: str = ""
+    born: float = 0.0
+    start: Mapping[str, float] = field(default_factory=dict)
+    began: float = 0.0
+    ended: float = 0.0
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A planned image that did not. `stage` is "plan", "generate" or "encode"."""
-
-    image: PlannedImage
-    stage: str
-    field: str | None
-    reason: str
-    attempts: int
-
-
-Outcome = Made | Rejected
+    def during(self, began: float, ended: float) -> Origin:
+        """The same worker, on one shard."""
+        return replace(self, began=round(began, 3), ended=round(ended, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +65,7 @@ class Commit:
     reasons: Mapping[str, str]
     """Image id to reason, for the rejected ones."""
     timings: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What all parts of one job share."""
-
-    extension: str
-    files: bool
-    """One file per image instead of bytes inside Parquet."""
-    model: str
-    model_checksum: str
+    origin: Origin = Origin()
 
 
 def commit_path(shard: int) -> str:
@@ -103,15 +86,20 @@ def read_commit(store: Store, shard: int) -> Commit:
     """
     try:
         values = json.loads(store.read(commit_path(shard)))
-        return Commit(**{**values, "files": tuple(values["files"])})
+        origin = Origin(**values.get("origin", {}))
+        return Commit(**{**values, "files": tuple(values["files"]), "origin": origin})
     except (ValueError, TypeError, KeyError) as error:
         raise JobConflict(f"{store.path(commit_path(shard))} is damaged: {error}") from None
 
 
 def read_commits(store: Store, shards: Iterable[int]) -> list[Commit]:
-    """Several records, read side by side."""
+    """Several records, read side by side, without what they say about single images: there may be many."""
+
+    def brief(shard: int) -> Commit:
+        return replace(read_commit(store, shard), image_sha256={}, reasons={})
+
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda shard: read_commit(store, shard), shards))
+        return list(pool.map(brief, shards))
 
 
 def write_commit(
@@ -121,6 +109,7 @@ def write_commit(
     outcomes: Sequence[Outcome],
     output: Output,
     timings: Mapping[str, float],
+    origin: Origin = Origin(),
 ) -> Commit:
     """Write a shard's files, then its record.
 
@@ -136,30 +125,27 @@ def write_commit(
     ordered = [by_id[image.id] for image in shard.images]
     made = [outcome for outcome in ordered if isinstance(outcome, Made)]
     rejected = [outcome for outcome in ordered if isinstance(outcome, Rejected)]
-    files = _part_files(number, shard.user, made, rejected, output)
-    for name in _possible_tables(number) - files.keys():
+    files = part_files(number, shard.user, made, rejected, output)
+    for name in _leftovers(store, number, output) - files.keys():
         store.remove(name)  # an earlier, crashed attempt may have ended differently
-    for name, (data, _) in files.items():
-        store.write(name, data)
+    _write(store, files)
     commit = Commit(
         shard=number,
         planned=len(ordered),
         images=len(made),
         rejected=len(rejected),
-        files=tuple(
-            {"path": name, "bytes": len(data), "rows": rows, "sha256": hashlib.sha256(data).hexdigest()}
-            for name, (data, rows) in sorted(files.items())
-        ),
+        files=tuple(part.facts(name) for name, part in sorted(files.items())),
         image_sha256={outcome.image.id: outcome.sha256 for outcome in made},
         reasons={outcome.image.id: outcome.reason for outcome in rejected},
         timings=timings,
+        origin=origin,
     )
     store.put_if_absent(commit_path(number), (json.dumps(asdict(commit), indent=1) + "\n").encode())
     return commit
 
 
-def proven_totals(store: Store, plan: Plan) -> dict[str, int]:
-    """Totals of a finished job, after checking that every planned image ended exactly once.
+def proven_totals(store: Store, plan: Plan) -> tuple[dict[str, int], list[Commit]]:
+    """Totals and records of a finished job, after checking that every planned image ended exactly once.
 
     Raises:
         AccountingError: a shard is missing or strange, the sums differ from the plan, a file that a record
@@ -176,11 +162,14 @@ def proven_totals(store: Store, plan: Plan) -> dict[str, int]:
     named = {current_path(plan, c, file) for c in commits for file in c.files if file["rows"]}
     named = {name for name in named if not name.startswith(HISTORY)}
     found = {f"{folder}/{name}" for folder in ("data", "rejected") for name in store.list(folder)}
-    found |= {f"data/images/{name}/metadata.parquet" for name in store.list("data/images")}
-    found = {name for name in found if _PART.search(name)}
+    if folders := store.list("data/images"):
+        table = next((name for name in named if name.startswith("data/images/")), "metadata.parquet")
+        found |= {f"data/images/{name}/{basename(table)}" for name in folders}
+    found = {name for name in found if PART.search(name)}
     if named != found:
         raise AccountingError(f"files and commit records differ: {sorted(named ^ found)[:10]}")
-    return {"planned": plan.images, "images": images, "rejected": rejected, "shards": plan.shards}
+    proven = {"planned": plan.images, "images": images, "rejected": rejected, "shards": plan.shards}
+    return proven, commits
 
 
 def totals(plan: Plan, commits: Iterable[Commit]) -> tuple[int, int]:
@@ -206,43 +195,20 @@ def archive_retried(store: Store, plan: Plan, commits: Iterable[Commit]) -> None
                 store.remove(path)
 
 
-_PART = re.compile(r"part-\d{5,}(\.parquet|/metadata\.parquet)$")
+def _leftovers(store: Store, number: int, output: Output) -> set[str]:
+    """Files of an earlier, crashed attempt at a shard that this one may not overwrite."""
+    found = leftovers(number, output)
+    if output.layout == "files":
+        folder = dirname(output.table(number))
+        found |= {f"{folder}/{name}" for name in store.list(folder)}
+    return found
 
 
-def _possible_tables(number: int) -> set[str]:
-    part = f"part-{number:05d}"
-    return {f"data/{part}.parquet", f"data/images/{part}/metadata.parquet", f"rejected/{part}.parquet"}
-
-
-def _part_files(
-    number: int, user: pa.Schema, made: Sequence[Made], rejected: Sequence[Rejected], output: Output
-) -> dict[str, tuple[bytes, int]]:
-    """Path to (bytes, rows of a table) of everything this shard writes; image files before their table."""
-    part, files = f"part-{number:05d}", dict[str, tuple[bytes, int]]()
-    rows = []
-    for position, outcome in enumerate(made):
-        name = f"{position:05d}-{_safe(outcome.image.id)}.{output.extension}"
-        if output.files:
-            files[f"data/images/{part}/{name}"] = (outcome.data, 0)
-            image: dict[str, Any] = {"file_name": name}
-        else:
-            image = {"image": {"bytes": outcome.data, "path": name}}
-        facts = {"sha256": outcome.sha256, "model": output.model, "model_checksum": output.model_checksum}
-        rows.append(data_row(outcome.image, outcome.request, {**image, **facts}))
-    if rows:
-        table = f"data/images/{part}/metadata.parquet" if output.files else f"data/{part}.parquet"
-        files[table] = (parquet(rows, data_schema(user, files=output.files)), len(rows))
-    if rejected:
-        verdicts = [
-            rejected_row(
-                r.image, {"stage": r.stage, "field": r.field, "reason": r.reason, "attempts": r.attempts}
-            )
-            for r in rejected
-        ]
-        files[f"rejected/{part}.parquet"] = (parquet(verdicts, rejected_schema(user)), len(rejected))
-    return files
-
-
-def _safe(text: str) -> str:
-    """An id as part of a file name; the position before it keeps names apart."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
+def _write(store: Store, files: Mapping[str, Part]) -> None:
+    """Image files side by side, then the tables."""
+    images = [name for name, part in files.items() if not PART.search(name)]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda name: store.write(name, files[name].data), images))
+    for name, part in files.items():
+        if PART.search(name):
+            store.write(name, part.data)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF012 (pydantic copies default values)
 """What one batch job is: a validated value, the same from a YAML file and from command line flags."""
 
 from __future__ import annotations
@@ -11,21 +12,13 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from diffray.model.errors import DiffrayError
+from .checks import Checks
+from .strict import InvalidJob as InvalidJob
+from .strict import Strict as Strict
 
 Task = Literal["generate", "augment", "inpaint", "outpaint", "edit", "upscale", "encode", "decode"]
-
-
-class InvalidJob(DiffrayError, ValueError):
-    """A job config or an input table is wrong as a whole; nothing was started."""
-
-
-class Strict(BaseModel):
-    """Values that never change and have no unknown names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelOptions(Strict):
@@ -47,8 +40,10 @@ class Encoding(Strict):
     format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(default=92, ge=1, le=100)
     """Of jpeg and webp; webp at 100 is lossless."""
-    layout: Literal["parquet", "files"] = "parquet"
-    """Bytes inside the Parquet column `image`, or one file per image beside a metadata table."""
+    layout: Literal["parquet", "files", "webdataset"] = "parquet"
+    """Bytes inside the Parquet column `image`, one file per image beside a metadata table, or WebDataset tars."""
+    metadata: Literal["parquet", "jsonl"] = "parquet"
+    """The table beside image files. Parquet states the columns' types, JSON lines leave them to the reader."""
 
 
 class Range(Strict):
@@ -146,6 +141,8 @@ class Workers(Strict):
     """A row that was alone in its worker at this many worker deaths is rejected."""
     patience: float = Field(default=900.0, gt=0)
     """Seconds without any finished step or image after which a worker counts as hanging and is replaced."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Of what one engine runs on (accelerator, machine), in any currency: the report then says what images cost."""
     address: str | None = None
     """Ray cluster to connect to; None starts Ray on this machine unless it is already up."""
 
@@ -192,8 +189,18 @@ class JobConfig(Strict):
     shards: ShardLimits = ShardLimits()
     workers: Workers = Workers()
     storage: dict[str, dict[str, Any]] = Field(default={}, exclude=True, repr=False)
+    """fsspec options by protocol ("s3") or URL prefix ("s3://public/"), for input, output and model alike.
+
+    May hold secrets, so no dump, record or message shows it.
+    """
+    checks: Checks = Checks()
+    """Guards, measures and scorers."""
     contact_sheet: int = Field(default=24, ge=0, le=400)
     """Images on `contact_sheet.png`; 0 leaves it out."""
+    gallery: int = Field(default=400, ge=0, le=5000)
+    """About this many images, evenly drawn, are shown in `gallery.html`; 0 leaves it out."""
+    license: str = Field(default="unknown", pattern=r"^[A-Za-z0-9.+_-]+$")
+    """License of the dataset by its Hugging Face name, for the dataset card."""
 
     @model_validator(mode="after")
     def _one_way_of_models(self) -> Self:
@@ -236,9 +243,7 @@ class JobConfig(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [
-                f"  {'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-            ]
+            lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}{_got(e)}" for e in error.errors()]
             raise InvalidJob("\n".join(["the job config is not valid:", *lines])) from None
 
     @classmethod
@@ -250,6 +255,10 @@ class JobConfig(Strict):
         """
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            # The error's own text would quote the line, which may hold a secret.
+            where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise InvalidJob(f"{path}: no YAML{where}: {error.problem}") from None
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InvalidJob(f"{path}: {error}") from None
         if not isinstance(values, dict):
@@ -266,3 +275,11 @@ def storage_options(storage: Mapping[str, Mapping[str, Any]], url: str) -> dict[
     protocol = url.partition("://")[0] if "://" in url else "file"
     matching = [key for key in storage if key == protocol or ("://" in key and url.startswith(key))]
     return dict(storage[max(matching, key=len)]) if matching else {}
+
+
+def _got(error: Mapping[str, Any]) -> str:
+    """The value that was refused, unless it could hold or be a secret."""
+    value, place = error["input"], error["loc"]
+    plain = value is None or isinstance(value, (str, int, float))
+    unknown = error["type"] == "extra_forbidden"
+    return f", got {value!r}" if plain and not unknown and place[:1] != ("storage",) else ""

@@ -25,18 +25,15 @@ from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from diffray.model.request import ImageRequest
 
+from .index import index_part, index_path
 from .rows import PlannedImage
 from .tables import data_row, data_schema, parquet, rejected_row, rejected_schema
 
-INDEX = "_diffray/index"
 GROUP_BYTES = 64 * 2**20
 """Row groups of a data part hold about this much at most: a reader of one image loads one group."""
-THUMBNAIL = 256
-"""Pixels of a thumbnail's longer side."""
 PART = re.compile(r"part-\d{5,}(\.parquet|\.tar|/metadata\.(parquet|jsonl))$")
 """The end of a path that holds rows of a dataset."""
 
@@ -103,11 +100,6 @@ class Part:
         return {"path": path, "bytes": len(self.data), "rows": self.rows, "sha256": digest}
 
 
-def index_path(number: int) -> str:
-    """Where the index of a shard is kept."""
-    return f"{INDEX}/part-{number:05d}.parquet"
-
-
 def part_files(
     number: int, user: pa.Schema, made: Sequence[Made], rejected: Sequence[Rejected], output: Output
 ) -> dict[str, Part]:
@@ -132,16 +124,6 @@ def part_files(
 def leftovers(number: int, output: Output) -> set[str]:
     """Paths of tables that an earlier, crashed attempt at a shard may have written."""
     return {output.table(number), index_path(number), f"rejected/part-{number:05d}.parquet"}
-
-
-def thumbnail(image: Image.Image) -> bytes:
-    """A small WebP file of a picture."""
-    scale = min(1.0, THUMBNAIL / max(image.size))
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    small = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    sink = io.BytesIO()
-    small.save(sink, "WEBP", quality=80)
-    return sink.getvalue()
 
 
 def _parquet(number: int, user: pa.Schema, made: Sequence[Made], output: Output) -> dict[str, Part]:
@@ -185,15 +167,12 @@ def _webdataset(number: int, user: pa.Schema, made: Sequence[Made], output: Outp
 
 
 def _index(made: Sequence[Made], output: Output) -> bytes:
-    schema = pa.schema(
-        [("id", pa.string()), *output.scores.items(), ("thumbnail", pa.binary()), ("shown", pa.string())]
-    )
     rows = []
     for one in made:
         facts = {k: v for k, v in one.request.parameters().items() if v is not None}
         shown = _json(facts | {"model": output.model} | dict(one.image.user)) if one.thumbnail else None
         rows.append({"id": one.image.id, "thumbnail": one.thumbnail, "shown": shown, **one.scores})
-    return parquet(rows, schema)
+    return index_part(rows, output.scores)
 
 
 def _row(one: Made, output: Output, user: pa.Schema, image: Mapping[str, Any]) -> dict[str, Any]:

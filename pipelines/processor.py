@@ -14,9 +14,12 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from PIL import Image
 from pydantic import Field
 
+from diffray.model.encoding import encode_image
 from diffray.model.errors import DiffrayError
+from diffray.model.request import ImageRequest
 
 from .columns import content_hash
 from .config import Encoding, ModelOptions, Strict
@@ -24,7 +27,6 @@ from .models import Models
 from .readers import SourceRow
 from .rows import derived_seed
 from .values import REQUEST_COLUMNS, request_from
-from .worker import encoded
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -133,7 +135,7 @@ class Generator:
             result = await asyncio.wrap_future(self._model.engine.submit(request).future)
             if result.image is None:
                 raise DiffrayError("output: got 'latents', this stage makes images")
-            data = await asyncio.to_thread(encoded, result.image, result.request, self._config.encoding)
+            data = await asyncio.to_thread(self._encoded, result.image, result.request)
         except (DiffrayError, OSError, ValueError) as error:
             if not self._config.should_continue_on_error or self._model.broken is not None:
                 raise
@@ -145,6 +147,17 @@ class Generator:
         parameters = {name: getattr(result.request, name) for name in REQUEST_COLUMNS}
         image = {"bytes": data, "path": None}
         return {**parameters, "image": image, "sha256": hashlib.sha256(data).hexdigest(), ERROR: ""}
+
+    def _encoded(self, image: Image.Image, request: ImageRequest) -> bytes:
+        encoding, model = self._config.encoding, self._model
+        return encode_image(
+            image,
+            request,
+            format=encoding.format,
+            quality=encoding.quality,
+            model=model.name,
+            model_checksum=model.checksum,
+        )
 
     def _seed(self, row: Row, given: Row) -> Any:
         for values in (given, self._config.defaults):

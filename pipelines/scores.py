@@ -163,7 +163,8 @@ def _typed(name: str, value: Any, kind: str) -> Any:
         raise TypeError(f"{name}: got {type(plain).__name__}, declared is {kind}")
     if kind != "float":
         return plain
-    return float(plain) if math.isfinite(plain) else None
+    real = float(plain)
+    return real if math.isfinite(real) else None
 
 
 def _within(name: str, value: Any, least: float | None, most: float | None) -> None:

@@ -88,10 +88,10 @@ def data_row(image: PlannedImage, request: ImageRequest, made: Mapping[str, Any]
     return {**_identity(image), **made, **_parameters(request), **image.user}
 
 
-def data_schema(user: pa.Schema, *, files: bool) -> pa.Schema:
+def data_schema(user: pa.Schema, *, files: bool, scores: Sequence[pa.Field] = ()) -> pa.Schema:
     """The schema of data parts; with image files it names the file instead of holding the bytes."""
     image = [pa.field("file_name", pa.string())] if files else [pa.field("image", IMAGE)]
-    fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *user]
+    fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *scores, *user]
     return pa.schema(fields, metadata=None if files else _HUGGINGFACE)
 
 
@@ -110,12 +110,17 @@ def rejected_schema(user: pa.Schema) -> pa.Schema:
     return pa.schema([*_fields(ID), *_fields(VERDICT), *_fields(PLACE), *_fields(texts), *user])
 
 
-def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
-    """Rows as a Parquet file, the same bytes for the same rows."""
+def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, *, group: int = ROW_GROUP) -> bytes:
+    """Rows as a Parquet file of row groups of `group` rows, the same bytes for the same rows."""
     columns = [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema]
     sink = io.BytesIO()
     pq.write_table(
-        pa.Table.from_arrays(columns, schema=schema), sink, row_group_size=ROW_GROUP, compression="zstd"
+        pa.Table.from_arrays(columns, schema=schema),
+        sink,
+        row_group_size=group,
+        compression="zstd",
+        use_dictionary=[field.name for field in schema if field.name != "image"],
+        write_page_index=True,
     )
     return sink.getvalue()
 

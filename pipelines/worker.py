@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import json
 import time
+import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, PngImagePlugin
-
+from diffray.model.encoding import encode_image
 from diffray.model.errors import GenerationError, InvalidRequest, JobConflict
-from diffray.model.request import ImageRequest
+from diffray.model.tickets import Result
 
 from .attempts import Attempts
-from .commit import Commit, Made, Outcome, Output, Rejected, commit_path, read_commit, write_commit
-from .config import Encoding, JobConfig, ModelOptions
+from .commit import Commit, Origin, commit_path, read_commit, write_commit
+from .config import JobConfig, ModelOptions
+from .index import thumbnail
 from .lock import check_owner
 from .models import Models
-from .plan import read_shard
+from .parts import Made, Outcome, Output, Rejected
+from .plan import read_plan, read_shard
 from .rows import PlannedImage
+from .sample import Sample
+from .scores import Examiner, Refused
 from .store import Store
 from .tables import PlanShard
 from .tally import ENCODE, ENGINE, STORE, Meter, Tally
@@ -87,13 +90,19 @@ class Worker:
         self._returned: set[int] = set()
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._turns = _Turns()
+        self._examiner = Examiner(task.config.checks)
+        plan = read_plan(store)
+        self._sample = Sample.of(task.config, plan.images if plan else 0)
         encoding = task.config.encoding
         self._output = Output(
             {"jpeg": "jpg"}.get(encoding.format, encoding.format),
-            encoding.layout == "files",
+            encoding.layout,
             self._model.name,
             self._model.checksum,
+            encoding.metadata,
+            self._examiner.columns,
         )
+        self._origin = Origin(uuid.uuid4().hex[:12], time.time() - (time.monotonic() - began), self.start)
         self._check_model()
 
     def close(self) -> None:
@@ -109,6 +118,7 @@ class Worker:
         """
         if await asyncio.to_thread(self._store.exists, commit_path(number)):
             return await asyncio.to_thread(read_commit, self._store, number)
+        began = time.time()
         self.tally.begin(number)
         self._making[number] = asyncio.ensure_future(self._made(number))
         try:
@@ -116,7 +126,14 @@ class Worker:
             await asyncio.to_thread(check_owner, self._store, self._run)
             with self.tally.inside(STORE, len(outcomes)):
                 return await asyncio.to_thread(
-                    write_commit, self._store, number, shard, outcomes, self._output, timings
+                    write_commit,
+                    self._store,
+                    number,
+                    shard,
+                    outcomes,
+                    self._output,
+                    timings,
+                    self._origin.during(began, time.time()),
                 )
         except asyncio.CancelledError:
             if number not in self._returned:
@@ -138,7 +155,7 @@ class Worker:
         shard = await asyncio.to_thread(read_shard, self._store, number)
         limit = self._config.workers.crashes
         attempts = await asyncio.to_thread(Attempts.read, self._store, number, self._run, limit)
-        decided, ready = _decided(shard.images, attempts)
+        decided, ready = _decided(shard.images, attempts, self._examiner)
         for outcome in decided:
             self.tally.rejected(number, outcome.stage)
         timings: dict[str, float] = defaultdict(float)
@@ -158,9 +175,7 @@ class Worker:
             return []
         record = await asyncio.to_thread(attempts.begin)
         try:
-            return list(
-                await asyncio.gather(*(self._one(attempts.shard, image, timings) for image in images))
-            )
+            return list(await asyncio.gather(*(self._one(attempts.shard, image, timings) for image in images)))
         except WorkerBroken as error:
             await asyncio.to_thread(attempts.blame, record, str(error))
             raise
@@ -211,17 +226,38 @@ class Worker:
         except Exception as error:
             raise WorkerBroken(f"{type(error).__name__}: {error}") from error
         spent.update(result.timings)
-        assert result.image is not None, "the plan lets only images through"
-        loop, began = asyncio.get_running_loop(), time.monotonic()
         try:
             with self.tally.inside(ENCODE):
-                data = await loop.run_in_executor(
-                    self._encoders, encoded, result.image, result.request, self._config.encoding
-                )
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._encoders, self._finished, image, result, spent)
+        except Refused as error:
+            return Rejected(image, "check", error.column, error.reason, 1)
         except (OSError, ValueError) as error:
             return Rejected(image, "encode", None, str(error), 1)
-        spent["encode"] = time.monotonic() - began
-        return Made(image, result.request, data, hashlib.sha256(data).hexdigest())
+
+    def _finished(self, image: PlannedImage, result: Result, spent: dict[str, float]) -> Made:
+        """A picture looked at and encoded; runs in a thread.
+
+        Raises:
+            Refused: the checks do not let it pass.
+        """
+        picture, request, model = result.image, result.request, self._model
+        assert picture is not None, "the plan lets only images through"
+        began = time.monotonic()
+        scores = self._examiner.examine(picture, request)
+        checked = time.monotonic()
+        encoding = self._config.encoding
+        data = encode_image(
+            picture,
+            request,
+            format=encoding.format,
+            quality=encoding.quality,
+            model=model.name,
+            model_checksum=model.checksum,
+        )
+        small = thumbnail(picture) if image.id in self._sample else None
+        spent |= {"check": checked - began, "encode": time.monotonic() - checked}
+        return Made(image, request, data, hashlib.sha256(data).hexdigest(), scores, small)
 
     def _check_model(self) -> None:
         """The first worker of a job records what it loaded; every other must have loaded the same."""
@@ -237,23 +273,10 @@ class Worker:
             raise JobConflict("\n".join(["this worker's model is not the one the job began with:", *lines]))
 
 
-def encoded(image: Image.Image, request: ImageRequest, encoding: Encoding) -> bytes:
-    """The image file; a PNG carries its request as JSON in the text chunk `diffray`."""
-    sink = io.BytesIO()
-    if encoding.format == "png":
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt("diffray", json.dumps(request.parameters(), ensure_ascii=False))
-        image.save(sink, "PNG", pnginfo=text)
-    else:
-        lossless: Mapping[str, Any] = {"lossless": True} if encoding.quality == 100 else {}
-        image.save(sink, encoding.format, quality=encoding.quality, **lossless)
-    return sink.getvalue()
-
-
 def _decided(
-    images: tuple[PlannedImage, ...], attempts: Attempts
+    images: tuple[PlannedImage, ...], attempts: Attempts, examiner: Examiner
 ) -> tuple[list[Rejected], list[PlannedImage]]:
-    """What needs no engine any more (refused by the plan, or killers), and what does."""
+    """What needs no engine any more (refused by the plan or the guard, or killers), and what does."""
     outcomes: list[Rejected] = []
     ready = []
     for image in images:
@@ -264,6 +287,8 @@ def _decided(
             error = attempts.reasons.get(image.id)
             reason = f"crashed its worker {deaths} times" + (f", last with {error}" if error else "")
             outcomes.append(Rejected(image, "generate", None, reason, deaths))
+        elif refusal := examiner.guard(image.request):
+            outcomes.append(Rejected(image, "guard", "prompt", refusal, 0))
         else:
             ready.append(image)
     return outcomes, ready

@@ -1,0 +1,85 @@
+"""What a finished job leaves for people, and the proof of its totals.
+
+    contact_sheet.png                  sheet.py       some images at a glance
+    gallery.html                       gallery.py     more of them, to search and filter
+    duplicates.parquet                 duplicates.py  images that look like an earlier one
+    README.md                          card.py        the dataset card
+    report.json, throughput.svg        account.py     totals, times and costs: the files that are not the same twice
+
+All of it is written again when the end of a job is interrupted; the success mark comes last.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ..commit import archive_retried, proven_totals, read_commits
+from ..config import JobConfig
+from ..index import Survey, survey
+from ..models import shown_name
+from ..plan import Plan
+from ..sample import Sample
+from ..store import SCRATCH, Store
+from . import account, card, duplicates, gallery, sheet
+from .account import TIMED_FILES as TIMED_FILES
+
+SUCCESS = "_diffray/SUCCESS.json"
+
+
+def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
+    """Prove the totals and write what depends on the whole job; the success mark comes last.
+
+    Raises:
+        AccountingError: the job is not whole.
+    """
+    if plan.retried:
+        archive_retried(store, plan, read_commits(store, range(plan.retried)))
+    totals, commits = proven_totals(store, plan)
+    shards = [commit.shard for commit in commits if commit.images]
+    found = survey(store, shards, Sample.of(config, plan.images))
+    alike = None
+    if config.checks.near_duplicates is not None:
+        alike = duplicates.write_duplicates(store, shards, found, config.checks.near_duplicates)
+    refused = account.refusals(store, plan, commits)
+    _write_pages(store, config, totals, found, refused, alike)
+    size = sum(file["bytes"] for commit in commits for file in commit.files if _is_data(file["path"]))
+    times = account.Times.of(commits)
+    store.write(account.REPORT, account.account(config, totals, refused, found, alike, size, times))
+    store.write(account.THROUGHPUT, account.throughput(times))
+    for leftover in store.list(SCRATCH):
+        store.remove(f"{SCRATCH}/{leftover}")
+    store.write(SUCCESS, (json.dumps(totals, indent=2) + "\n").encode())
+    return totals
+
+
+def is_finished(store: Store, plan: Plan) -> bool:
+    """Whether the success mark is there, and speaks of this plan rather than of one that grew since."""
+    try:
+        totals = json.loads(store.read(SUCCESS))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return False  # proving the totals again costs little
+    return bool(totals.get("planned") == plan.images and totals.get("shards") == plan.shards)
+
+
+def _write_pages(
+    store: Store,
+    config: JobConfig,
+    totals: dict[str, int],
+    found: Survey,
+    refused: list[account.Refusals],
+    alike: int | None,
+) -> None:
+    """What people look at: the same bytes for the same dataset."""
+    models = [shown_name(config.model.source)]
+    if config.contact_sheet and found.shown:
+        store.write(sheet.NAME, sheet.contact_sheet(found.shown, config.contact_sheet))
+    if config.gallery and totals["images"]:
+        store.write(gallery.NAME, gallery.gallery(found, totals, refused, alike, models))
+    columns = list(found.scores) + (["phash"] if len(found.hashes) else [])
+    store.write(card.NAME, card.card(config, models, totals, refused, columns, alike).encode())
+
+
+def _is_data(path: str) -> bool:
+    return path.startswith("data/")

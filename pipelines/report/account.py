@@ -1,0 +1,191 @@
+"""What a job cost and made, from its commit records: `report.json` and `throughput.svg`.
+
+These two files hold times. They are the only ones outside `_diffray/` that differ between a job that was
+interrupted and one that was not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from ..commit import Commit, current_path
+from ..config import JobConfig
+from ..index import Survey
+from ..plan import Plan
+from ..store import Store
+from .charts import bars, number
+
+REPORT, THROUGHPUT = "report.json", "throughput.svg"
+TIMED_FILES = (REPORT, THROUGHPUT)
+WAITING = "shard_seconds"
+PERCENTILES = {"p5": 5, "median": 50, "p95": 95}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """Rejected rows of one stage and field.
+
+    Attributes:
+        example: the reason of the first of them.
+    """
+
+    stage: str
+    field: str | None
+    rows: int
+    example: str
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What is known of the time that a job took; seconds of workers that died before a commit are not.
+
+    Attributes:
+        seconds: in which at least one shard was being made; pauses between two runs do not count.
+        machine_seconds: sum over workers, from their start (weights not loaded yet) to their last commit.
+        workers: how many there were.
+        start: mean seconds of each phase of a worker's start.
+        stages: seconds that images spent in each stage, added up; waiting for others included.
+        spans: (began, ended, images) of every shard, in seconds since 1970.
+    """
+
+    seconds: float = 0.0
+    machine_seconds: float = 0.0
+    workers: int = 0
+    start: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, float] = field(default_factory=dict)
+    spans: Sequence[tuple[float, float, int]] = ()
+
+    @classmethod
+    def of(cls, commits: Sequence[Commit]) -> Times:
+        """The times in a job's commit records."""
+        spans = sorted((c.origin.began, c.origin.ended, c.images) for c in commits if c.origin.ended)
+        born: dict[str, float] = {}
+        last: dict[str, float] = {}
+        starts: dict[str, Mapping[str, float]] = {}
+        stages: dict[str, float] = {}
+        for commit in commits:
+            origin = commit.origin
+            if origin.worker:
+                born[origin.worker], starts[origin.worker] = origin.born, origin.start
+                last[origin.worker] = max(last.get(origin.worker, 0.0), origin.ended)
+            for stage, seconds in commit.timings.items():
+                if stage != WAITING:
+                    stages[stage] = stages.get(stage, 0.0) + seconds
+        phases = sorted({phase for start in starts.values() for phase in start})
+        return cls(
+            seconds=sum(end - begin for begin, end in _united(spans)),
+            machine_seconds=sum(max(0.0, last[name] - born[name]) for name in born),
+            workers=len(born),
+            start={p: sum(s.get(p, 0.0) for s in starts.values()) / len(starts) for p in phases},
+            stages=stages,
+            spans=spans,
+        )
+
+
+def refusals(store: Store, plan: Plan, commits: Iterable[Commit]) -> list[Refusals]:
+    """The rejected rows of a finished job by stage and field, most first."""
+    rows: dict[tuple[str, str | None], int] = {}
+    examples: dict[tuple[str, str | None], str] = {}
+    for commit in commits:
+        for file in commit.files if commit.rejected and commit.shard >= plan.retried else ():
+            path = current_path(plan, commit, file)
+            if not path.startswith("rejected/"):
+                continue
+            table = pq.read_table(io.BytesIO(store.read(path)), columns=["stage", "field", "reason"])
+            for row in table.to_pylist():
+                key = row["stage"], row["field"]
+                rows[key] = rows.get(key, 0) + 1
+                examples.setdefault(key, row["reason"])
+    found = [Refusals(stage, name, rows[stage, name], examples[stage, name]) for stage, name in rows]
+    return sorted(found, key=lambda one: (-one.rows, one.stage, one.field or ""))
+
+
+def account(
+    config: JobConfig,
+    totals: Mapping[str, int],
+    refused: Sequence[Refusals],
+    survey: Survey,
+    duplicates: int | None,
+    size: int,
+    times: Times,
+) -> bytes:
+    """`report.json`: totals, rejected rows by reason, scores, times and, given a price, costs."""
+    images, seconds = totals["images"], times.seconds
+    report: dict[str, Any] = {
+        **totals,
+        "bytes": size,
+        "rejected_by": [asdict(one) for one in refused],
+        "scores": {name: _spread(values) for name, values in survey.scores.items()},
+        "near_duplicates": duplicates,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 4) if seconds else None,
+        "machine_seconds": round(times.machine_seconds, 3),
+        "workers": times.workers,
+        "start_seconds": {phase: round(value, 3) for phase, value in times.start.items()},
+        "stage_seconds": {stage: round(value, 3) for stage, value in sorted(times.stages.items())},
+    }
+    price = config.workers.price_per_hour
+    if price is not None:
+        cost = price * times.machine_seconds / 3600
+        per_thousand = round(1000 * cost / images, 6) if images else None
+        report["cost"] = {"price_per_hour": price, "total": round(cost, 6), "per_1000_images": per_thousand}
+    return (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def throughput(times: Times, bins: int = 60) -> bytes:
+    """`throughput.svg`: images per second over the time in which shards were made."""
+    united = _united(times.spans)
+    length = sum(end - begin for begin, end in united)
+    if not length:
+        return bars("Images per second", [], "no shard was timed", "", "", alone=True).encode()
+    starts = np.array([begin for begin, _ in united])
+    before = np.cumsum([0.0, *(end - begin for begin, end in united)])[:-1]
+    edges, done = np.linspace(0, length, bins + 1), np.zeros(bins)
+    for began, ended, images in times.spans:
+        place = int(np.searchsorted(starts, began, side="right")) - 1
+        low = before[place] + began - starts[place]
+        high = max(low + (ended - began), low + 1e-6)
+        inside = np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)
+        done += images * inside / (high - low)
+    rates = done / (length / bins)
+    mean = sum(images for _, _, images in times.spans) / length
+    runs = f", {len(united)} runs" if len(united) > 1 else ""
+    caption = f"mean {number(float(f'{mean:.3g}'))}/s, peak {number(float(f'{rates.max():.3g}'))}/s{runs}"
+    return bars("Images per second", rates.tolist(), "0", caption, _duration(length), alone=True).encode()
+
+
+def _united(spans: Iterable[tuple[float, ...]]) -> list[tuple[float, float]]:
+    """Overlapping spans joined, in order."""
+    joined: list[tuple[float, float]] = []
+    for began, ended, *_ in sorted(spans):
+        if joined and began <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], ended)
+        else:
+            joined.append((began, ended))
+    return joined
+
+
+def _spread(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
+    known = values[np.isfinite(values)]
+    facts: dict[str, Any] = {"values": len(known), "missing": len(values) - len(known)}
+    if len(known):
+        facts |= {"least": known.min(), "mean": known.mean(), "most": known.max()}
+        facts |= {name: np.percentile(known, at) for name, at in PERCENTILES.items()}
+    return {
+        name: value if isinstance(value, int) else round(float(value), 6) for name, value in facts.items()
+    }
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
+    )

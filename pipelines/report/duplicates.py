@@ -1,0 +1,133 @@
+"""Near duplicates over a whole dataset, by the bits in which perceptual hashes differ.
+
+Two hashes within d bits of each other agree in all but d of any d + m bands, so in at least m whole ones
+(Manku et al. 2007). For every choice of m bands the hashes are sorted by these bits alone, and only those
+that agree there are compared. m is what costs least for the number of images at hand.
+"""
+
+from __future__ import annotations
+
+import io
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from math import comb
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ..index import Survey, ids
+from ..store import Store
+
+BITS = 64
+NAME = "duplicates.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """Images that look like an earlier one.
+
+    Attributes:
+        images: their numbers, ascending.
+        originals: number of the first image that each looks like, which is no duplicate itself.
+        distances: differing bits.
+    """
+
+    images: NDArray[np.int64]
+    originals: NDArray[np.int64]
+    distances: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def near_duplicates(hashes: NDArray[np.uint64], distance: int) -> Duplicates:
+    """The images to drop so that no two of those left are within `distance` bits of each other.
+
+    Images are taken in order: one that is near an image that was kept is a duplicate of the first such; any other
+    is kept. So every duplicate is itself near its original, however long a chain of similar pictures is.
+    """
+    distinct, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # distinct hashes in order of their first image
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    distinct, first, which = distinct[order], first[order], rank[which]
+    original = _originals(distinct, distance)
+    kept = first[original[which]]
+    numbers = np.arange(len(hashes))
+    found = np.flatnonzero(kept != numbers)
+    apart = np.bitwise_count(hashes[found] ^ hashes[kept[found]])
+    return Duplicates(found, kept[found], apart.astype(np.int64))
+
+
+def write_duplicates(store: Store, shards: list[int], survey: Survey, distance: int) -> int:
+    """Write `duplicates.parquet` (id, duplicate_of, distance), in dataset order; returns the number of rows."""
+    found = near_duplicates(survey.hashes, distance)
+    wanted = np.unique(np.concatenate([found.images, found.originals])).tolist()
+    names: dict[int, str] = {}
+    loaded, known = -1, list[str]()
+    for number in wanted:
+        place = bisect_right(survey.starts, number) - 1
+        if place != loaded:
+            loaded, known = place, ids(store, shards[place])
+        names[number] = known[number - survey.starts[place]]
+    table = pa.table(
+        {
+            "id": pa.array([names[n] for n in found.images.tolist()], pa.string()),
+            "duplicate_of": pa.array([names[n] for n in found.originals.tolist()], pa.string()),
+            "distance": pa.array(found.distances, pa.int64()),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    store.write(NAME, sink.getvalue())
+    return len(found)
+
+
+def _originals(distinct: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
+    """For each of the distinct hashes the place of the first kept one within `distance`, possibly its own."""
+    original = np.arange(len(distinct))
+    pairs = _pairs(distinct, distance)
+    kept = np.ones(len(distinct), dtype=bool)
+    for early, late in pairs.tolist():
+        if kept[late] and kept[early]:
+            kept[late] = False
+            original[late] = early
+    return original
+
+
+def _pairs(distinct: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
+    """All pairs (early, late) of places within `distance`, by late and then early."""
+    codes = [np.zeros(0, dtype=np.int64)]
+    count = len(distinct)
+    for mask in _masks(distance, count):
+        keys = distinct & np.uint64(mask)
+        order = np.argsort(keys, kind="stable")
+        sorted_keys = keys[order]
+        for step in range(1, count):
+            same = np.flatnonzero(sorted_keys[step:] == sorted_keys[:-step])
+            if not len(same):
+                break
+            a, b = order[same], order[same + step]
+            near = np.bitwise_count(distinct[a] ^ distinct[b]) <= distance
+            early, late = np.minimum(a[near], b[near]), np.maximum(a[near], b[near])
+            codes.append(late * count + early)
+    both = np.unique(np.concatenate(codes))
+    return np.stack([both % max(count, 1), both // max(count, 1)], axis=1)
+
+
+def _masks(distance: int, count: int) -> list[int]:
+    """The bits to agree on, one mask for each choice of bands; none when equal hashes alone count."""
+    if distance == 0 or count < 2:
+        return []
+    m = min(range(1, BITS - distance), key=lambda m: _cost(distance, m, count))
+    edges = np.linspace(0, BITS, distance + m + 1).round().astype(int).tolist()
+    bands = [((1 << high) - 1) ^ ((1 << low) - 1) for low, high in pairwise(edges)]
+    return [sum(chosen) for chosen in combinations(bands, m)]
+
+
+def _cost(distance: int, m: int, count: int) -> float:
+    """Sorts, and comparisons per sort and image if the hashes' bits were independent."""
+    return comb(distance + m, m) * (1 + count / 2.0 ** (BITS * m / (distance + m)))

@@ -1,0 +1,98 @@
+"""`gallery.html`: the sample as one page that opens from disk, without any outside resource.
+
+Thumbnails are inside as data URIs. Texts of the dataset are JSON in an inert script element and reach the page
+as text only; the page's policy forbids everything else than its own style and its own script, by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from ..index import Survey
+from .account import Refusals
+from .charts import histogram
+
+NAME = "gallery.html"
+MAX_TEXT = 2000
+"""Characters of a value that are shown; a prompt may have ten times as many."""
+
+
+def gallery(
+    survey: Survey,
+    totals: Mapping[str, int],
+    refused: Sequence[Refusals],
+    duplicates: int | None,
+    models: Sequence[str],
+) -> bytes:
+    """The page. Its size is bounded by the sample: about 10 kB for each image."""
+    style, script = _file("gallery.css"), _file("gallery.js")
+    policy = (
+        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    )
+    tiles = [("images", totals["images"]), ("rejected", totals["rejected"])]
+    tiles += [("near duplicates", duplicates)] if duplicates is not None else []
+    data = {
+        "summary": f"{len(survey.shown):,} of {totals['images']:,}, made by diffray with {', '.join(models)}",
+        "tiles": [(name, f"{value:,}") for name, value in tiles],
+        "refused": [(r.stage, r.field or "", f"{r.rows:,}", _cut(r.example)) for r in refused[:50]],
+        "images": [
+            {
+                "id": one.id,
+                "picture": base64.b64encode(one.thumbnail).decode(),
+                "facts": {name: _cut(value) for name, value in one.facts.items()},
+            }
+            for one in survey.shown
+        ],
+    }
+    filled = {
+        "policy": policy,
+        "style": style,
+        "charts": _charts(survey) + _refused(refused),
+        "data": _inert(data),
+        "script": script,
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: filled[place[1]], _file("gallery.html"))
+    return page.encode("utf-8", "replace")
+
+
+def _charts(survey: Survey) -> str:
+    if not survey.scores:
+        return ""
+    charts = "".join(histogram(name, values) for name, values in survey.scores.items())
+    return (
+        f'<details open><summary>Scores of all images</summary><div class="charts">{charts}</div></details>'
+    )
+
+
+def _refused(refused: Sequence[Refusals]) -> str:
+    if not refused:
+        return ""
+    head = "<tr><th>stage</th><th>field</th><th>rows</th><th>for example</th></tr>"
+    table = f'<div class="wide"><table><thead>{head}</thead><tbody id="reasons"></tbody></table></div>'
+    return f"<details><summary>Rejected rows</summary>{table}</details>"
+
+
+def _inert(data: Mapping[str, Any]) -> str:
+    """JSON that cannot end the element it stands in."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _cut(value: Any) -> Any:
+    text = value if isinstance(value, str) else None
+    return value if text is None or len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
