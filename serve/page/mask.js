@@ -11,6 +11,7 @@ export class Painter {
     this.dialog = byId("mask");
     this.easel = byId("easel");
     this.ink = document.createElement("canvas"); // opaque where to repaint, clear elsewhere
+    this.ink.getContext("2d", { willReadFrequently: true }); // undo reads it after every stroke
     this.past = [];
     this.cursor = null;
     byId("mask-open").onclick = () => this.open();
@@ -82,13 +83,16 @@ export class Painter {
   #line(from, to) {
     const brush = this.ink.getContext("2d");
     brush.globalCompositeOperation = this.#erasing ? "destination-out" : "source-over";
-    brush.strokeStyle = "#fff";
+    brush.strokeStyle = brush.fillStyle = "#fff";
     brush.lineWidth = this.#width;
-    brush.lineCap = brush.lineJoin = "round";
+    brush.lineCap = "round";
     brush.beginPath();
     brush.moveTo(...from);
     brush.lineTo(...to);
     brush.stroke();
+    brush.beginPath();
+    brush.arc(...to, this.#width / 2, 0, 2 * Math.PI); // a line of no length draws nothing
+    brush.fill();
     brush.globalCompositeOperation = "source-over";
     this.#show();
   }

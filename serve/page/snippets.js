@@ -13,55 +13,57 @@ function python(value) {
 const root = () => new URL(".", document.baseURI).href.replace(/\/$/, "");
 
 /** The fields of the native request that are plain values; the pictures are files beside the script. */
-function fields({ model, parameters }) {
-  const { n, ...rest } = parameters;
-  return { model, ...rest };
-}
+const fields = ({ model, parameters }) => ({ model, ...parameters });
+
+const NATIVE = '["images"][0]["image"]'; // where an answer has its picture
+const OPENAI = '["data"][0]["b64_json"]';
+const HEADER = "-H 'Content-Type: application/json'";
+const keyHeader = (keyed) => (keyed ? ' \\\n  -H "Authorization: Bearer $DIFFRAY_API_KEY"' : "");
 
 function nativeCurl(entry, keyed) {
   const json = JSON.stringify(fields(entry), null, 2);
-  const head = `curl -s ${shell(`${root()}/v1/diffray/images`)} \\\n${keyed ? '  -H "Authorization: Bearer $DIFFRAY_API_KEY" \\\n' : ""}`;
-  const tail = "\n  | jq -r '.images[0].image' | base64 -d > picture.png";
-  if (!entry.source) return `${head}  -H 'Content-Type: application/json' \\\n  -d ${shell(json)} \\${tail}`;
-  const pictures = [`init_image: $source`, ...(entry.mask ? ["mask: $mask"] : [])].join(", ");
-  const files = `--arg source "$(base64 < source.png)"${entry.mask ? ' --arg mask "$(base64 < mask.png)"' : ""}`;
-  return `jq ${files} \\\n  '. + {${pictures}}' <<'EOF' |\n${json}\nEOF\n${head}  -H 'Content-Type: application/json' -d @- \\${tail}`;
+  const call = `curl -s ${shell(`${root()}/v1/diffray/images`)}${keyHeader(keyed)} \\\n  ${HEADER} -H 'Accept: image/png' -o picture.png -d`;
+  if (!entry.source) return `${call} ${shell(json)}`;
+  const file = (name, path) => `  printf ',"%s":"%s"' ${name} "$(base64 < ${path} | tr -d '\\n')"\n`;
+  const files = file("init_image", "source.png") + (entry.mask ? file("mask", "mask.png") : "");
+  return `{\n  printf %s ${shell(json.slice(0, -2))}\n${files}  printf '}'\n} | ${call} @-`;
 }
 
 function nativePython(entry, keyed) {
-  const lines = ["import base64", ...(keyed ? ["import os"] : []), "", "import httpx", ""];
-  if (entry.source) lines.push("def picture(path):", "    return base64.b64encode(open(path, \"rb\").read()).decode()", "", "");
-  lines.push("answer = httpx.post(", `    ${python(`${root()}/v1/diffray/images`)},`);
-  if (keyed) lines.push('    headers={"Authorization": f"Bearer {os.environ[\'DIFFRAY_API_KEY\']}"},');
-  lines.push("    json={");
-  for (const [name, value] of Object.entries(fields(entry))) lines.push(`        ${python(name)}: ${python(value)},`);
-  if (entry.source) lines.push('        "init_image": picture("source.png"),');
-  if (entry.mask) lines.push('        "mask": picture("mask.png"),');
-  lines.push("    },", "    timeout=600,", ")", "answer.raise_for_status()");
-  lines.push('open("picture.png", "wb").write(base64.b64decode(answer.json()["images"][0]["image"]))');
+  const lines = ["import base64", "import json", ...(keyed ? ["import os"] : []), "import urllib.request", ""];
+  if (entry.source) lines.push("", "def picture(path):", '    return base64.b64encode(open(path, "rb").read()).decode()', "", "");
+  lines.push("body = {");
+  for (const [name, value] of Object.entries(fields(entry))) lines.push(`    ${python(name)}: ${python(value)},`);
+  if (entry.source) lines.push('    "init_image": picture("source.png"),');
+  if (entry.mask) lines.push('    "mask": picture("mask.png"),');
+  lines.push("}", 'headers = {"Content-Type": "application/json"}');
+  if (keyed) lines.push('headers["Authorization"] = "Bearer " + os.environ["DIFFRAY_API_KEY"]');
+  lines.push(`call = urllib.request.Request(${python(`${root()}/v1/diffray/images`)}, json.dumps(body).encode(), headers)`);
+  lines.push(`image = json.load(urllib.request.urlopen(call))${NATIVE}`, 'open("picture.png", "wb").write(base64.b64decode(image))');
   return lines.join("\n");
 }
 
 /** OpenAI's own fields, and the extensions that go beside them. */
 function openaiFields({ model, parameters }) {
-  const { prompt, width, height, steps, n, ...rest } = parameters;
+  const { prompt, width, height, steps, schedule, paste_back, ...rest } = parameters; // an edit always pastes back
   return [
     { model, prompt, size: `${width}x${height}`, response_format: "b64_json" },
-    { num_inference_steps: steps, ...rest },
+    { num_inference_steps: steps, scheduler: schedule, ...rest },
   ];
 }
 
+/** Takes the picture out of the answer. */
+const unpack = () =>
+  `| python3 -c 'import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)${OPENAI}))' > picture.png`;
+
 function openaiCurl(entry, keyed) {
   const [own, more] = openaiFields(entry);
-  const key = keyed ? '  -H "Authorization: Bearer $DIFFRAY_API_KEY" \\\n' : "";
-  const tail = "\n  | jq -r '.data[0].b64_json' | base64 -d > picture.png";
-  if (!entry.source) {
-    const json = JSON.stringify({ ...own, ...more }, null, 2);
-    return `curl -s ${shell(`${root()}/v1/images/generations`)} \\\n${key}  -H 'Content-Type: application/json' \\\n  -d ${shell(json)} \\${tail}`;
-  }
-  const form = Object.entries({ ...own, ...more }).map(([name, value]) => `  --form-string ${shell(`${name}=${value}`)} \\\n`);
-  const files = `  -F image=@source.png \\\n${entry.mask ? "  -F mask=@mask-openai.png \\\n" : ""}`;
-  return `curl -s ${shell(`${root()}/v1/images/edits`)} \\\n${key}${files}${form.join("").replace(/\n$/, "")}${tail}`;
+  const all = { ...own, ...more };
+  const call = (path) => `curl -s ${shell(`${root()}/v1/images/${path}`)}${keyHeader(keyed)} \\\n  `;
+  if (!entry.source) return `${call("generations")}${HEADER} -d ${shell(JSON.stringify(all, null, 2))} \\\n  ${unpack()}`;
+  const files = ["-F image=@source.png", ...(entry.mask ? ["-F mask=@mask-openai.png"] : [])];
+  const texts = Object.entries(all).map(([name, value]) => `--form-string ${shell(`${name}=${value}`)}`);
+  return `${call("edits")}${[...files, ...texts].join(" \\\n  ")} \\\n  ${unpack()}`;
 }
 
 function openaiPython(entry, keyed) {

@@ -97,7 +97,7 @@ export class Source {
   #draw() {
     const { width, height } = this.canvas;
     Object.assign(this.view, { width, height });
-    const brush = this.view.getContext("2d");
+    const brush = this.view.getContext("2d", { willReadFrequently: true });
     brush.drawImage(this.canvas, 0, 0);
     if (this.mask) brush.drawImage(tinted(this.mask, width, height), 0, 0);
     this.view.setAttribute("aria-label", `The source picture, ${width} × ${height}${this.mask ? ", with a mask" : ""}`);

@@ -1,0 +1,121 @@
+"""The page in a real, headless Chromium; what it says on its console and asks of the network is watched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+REFUSED = re.compile(r"Failed to load resource: the server responded with a status of 4\d\d|net::ERR_")
+"""What Chromium itself notes about a refused request; the page shows those."""
+SLOW = 60_000
+
+
+def executable() -> str:
+    """The installed browser; skips the test where there is none."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    return found
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """A headless browser."""
+    path = executable()
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+@contextmanager
+def visit(running: Browser, url: str, **context: Any) -> Iterator[Page]:
+    """The page in a fresh profile. At the end: nothing on its console, no request to anywhere else."""
+    where = (
+        running.new_context(viewport={"width": 1280, "height": 900}, **context)
+        if ("viewport" not in context)
+        else running.new_context(**context)
+    )
+    where.set_default_timeout(SLOW)
+    page = where.new_page()
+    said: list[str] = []
+    outside: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(f"exception: {error}"))
+    page.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else outside.append(r.url))
+    try:
+        page.goto(url)
+        page.locator("#sampler option").first.wait_for(state="attached")
+        yield page
+        assert [text for text in said if not REFUSED.search(text)] == []
+        assert outside == []
+    finally:
+        where.close()
+
+
+def generate(page: Page, prompt: str, **fields: object) -> Image.Image:
+    """Fill the form, press the button, wait for the finished picture."""
+    fill(page, prompt=prompt, **fields)
+    page.click("#generate")
+    return finished(page)
+
+
+def fill(page: Page, **fields: object) -> None:
+    """Type into the form's controls."""
+    for name, value in fields.items():
+        control = page.locator(f"#{name}")
+        if control.evaluate("e => e.tagName") == "SELECT":
+            control.select_option(str(value))
+        else:
+            control.fill(str(value))
+
+
+def finished(page: Page) -> Image.Image:
+    """The picture on the stage, once it is finished, as the browser shows it."""
+    page.locator("#stage[aria-busy=false] .tile .tools").first.wait_for()
+    script = """async image => {
+        await image.decode();
+        const canvas = document.createElement("canvas");
+        [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+        canvas.getContext("2d").drawImage(image, 0, 0);
+        return canvas.toDataURL("image/png");
+    }"""
+    address = page.locator(".tile img").first.evaluate(script)
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
+
+
+def drop(page: Page, image: Image.Image, how: str = "drop", name: str = "picture.png") -> None:
+    """Drop or paste a picture onto the page, as a hand would."""
+    sink = io.BytesIO()
+    image.save(sink, "PNG")
+    drop_file(page, sink.getvalue(), name, "image/png", how)
+
+
+def drop_file(page: Page, data: bytes, name: str, media: str, how: str = "drop") -> None:
+    """Drop or paste any file."""
+    script = """([text, name, type, how]) => {
+        const carried = new DataTransfer();
+        const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+        carried.items.add(new File([bytes], name, { type }));
+        const event = how === "drop"
+            ? new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true })
+            : new ClipboardEvent("paste", { clipboardData: carried, bubbles: true, cancelable: true });
+        document.querySelector("#source-choose").dispatchEvent(event);
+    }"""
+    page.evaluate(script, [base64.b64encode(data).decode(), name, media, how])
