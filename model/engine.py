@@ -52,9 +52,9 @@ class Engine:
     Args:
         model: from `load_model`.
         batch_size: images denoised together; None picks by device and network size.
-        rows: rows of one network call, fixed; None is two per image on an accelerator, fewer on a CPU, where
-            large batches gain nothing. Another value may change the last bits of an image. Running out of
-            memory halves it.
+        rows: rows of one network call, fixed; None is where throughput levels off (`default_rows`). Another
+            value may change the last bits of an image. Running out of memory halves it, which is logged and
+            shows in `Result.rows`.
         compile: run the network through `torch.compile`.
         observer: called after each denoising step with the number of images in it and the seconds it took,
             from the engine's thread; must be quick and not raise.
@@ -82,8 +82,7 @@ class Engine:
         self.model = model
         self.batch_size = batch_size or default_batch_size(model)
         unet = torch.compile(model.unet, dynamic=False) if compile else model.unet
-        most = 2 * self.batch_size
-        self.network = Rows(unet, rows or (most if model.device.type != "cpu" else min(most, 4)))
+        self.network = Rows(unet, rows or default_rows(model, self.batch_size), shorten=not compile)
         self._observer = observer
         self._queue = Queue()
         # One thread at a time, under _stepping.
@@ -443,16 +442,36 @@ class Engine:
         else:
             kept = ordinary(latents)
         ticket._lap("decode")
-        self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings)))
+        self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings), self.rows))
+
+
+LARGE = 1_500_000_000
+"""Parameters above which a network is of SDXL's size, not of SD 1's."""
 
 
 def default_batch_size(model: Model) -> int:
     """Images per batch where throughput has levelled off: 16 for SD 1 and 2 sized networks on an accelerator,
     8 for larger ones; on a CPU 8 for small networks and 1 for real ones, which are bound by arithmetic."""
-    parameters = sum(p.numel() for p in model.unet.parameters())
+    parameters = _parameters(model)
     if model.device.type == "cpu":
         return 8 if parameters < 50_000_000 else 1
-    return 16 if parameters < 1_500_000_000 else 8
+    return 16 if parameters < LARGE else 8
+
+
+def default_rows(model: Model, batch_size: int) -> int:
+    """Rows per network call, two for each image with guidance, where throughput has levelled off.
+
+    On a CPU 16, with a single thread 8 (benchmarks/README.md has the figures). On an accelerator SD 1 and 2
+    take all images at once; of SDXL, 8 rows keep it busy, and a lone image is not padded to 16.
+    """
+    most = 2 * batch_size
+    if model.device.type == "cpu":
+        return min(most, 8 if torch.get_num_threads() == 1 else 16)
+    return most if _parameters(model) < LARGE else min(most, 8)
+
+
+def _parameters(model: Model) -> int:
+    return sum(p.numel() for p in model.unet.parameters())
 
 
 def _pasted(image: Image.Image, request: ImageRequest) -> Image.Image:

@@ -27,12 +27,15 @@ class Result:
         request: what was made, every open field filled.
         timings: seconds spent in "queue", "prepare", "denoise", "decode"; together the time since `submit`.
             Waiting counts too: "denoise" includes the steps of other images in between.
+        rows: rows of the network calls it was finished with, the one fact besides request, model and software
+            that its last bits depend on: `Engine.rows`, or half or less once memory ran out.
     """
 
     image: Image.Image | None
     latents: Tensor | None
     request: ImageRequest
     timings: dict[str, float]
+    rows: int = 0
 
     def save(self, path: Any) -> None:
         """Write the picture to `path`."""

@@ -116,6 +116,14 @@ def test_mixed_tasks_sizes_and_passes_in_one_engine() -> None:
     assert all(same), same
 
 
+def test_calls_that_are_not_full_make_the_same_bytes() -> None:
+    """A lone image in calls of 16 rows, however short they really are, against eight that fill them."""
+    wanted = [content(result) for result in make(rows=16).generate(MIXED)]
+    engine = make(rows=16)
+    for _ in range(2):  # the second round trusts what the first has shown
+        assert [content(engine.generate([request])[0]) for request in MIXED] == wanted
+
+
 def test_order_does_not_matter() -> None:
     results = make().generate(MIXED[::-1])[::-1]
     assert [content(result) for result in results] == [alone(index) for index in range(len(MIXED))]
@@ -506,6 +514,7 @@ def test_out_of_memory_halves_the_rows(most: int, rows: int) -> None:
     assert engine.rows == rows
     wanted = make(rows=rows).generate(MIXED[:5])
     assert [content(result) for result in results] == [content(result) for result in wanted]
+    assert {result.rows for result in results} == {rows}
 
 
 def test_out_of_memory_at_one_row_fails_those_images_alone() -> None:
