@@ -21,6 +21,8 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from starlette.requests import Request
+
 from diffray.model.storage import open_storage
 
 from .admission import Client
@@ -116,6 +118,28 @@ class Jobs:
             job.status = "cancelled" if job.status == "running" else job.status
         return job
 
+    async def publish(self, data: bytes, format: str) -> str:
+        """Keep a picture for anybody who knows its name, which nobody can guess; returns the name.
+
+        Raises:
+            Refusal: 503, the store fails.
+        """
+        name = f"{int(time.time()):x}-{secrets.token_hex(12)}.{format}"
+        await self._put(_public(name), data)
+        return name
+
+    async def published(self, name: str) -> bytes:
+        """A published picture's file.
+
+        Raises:
+            Refusal: 404, there is none of this name (any more).
+        """
+        identity = name.partition(".")[0]
+        if _named(identity) and name.partition(".")[2].isalpha() and _age(identity) <= self._lifetime:
+            with suppress(FileNotFoundError):
+                return await asyncio.to_thread(self._store.read, _public(name))
+        raise Refusal(404, "not_found", "there is no such picture, or not any more")
+
     async def _run(self, client: Client, job: Job, works: Sequence[Work], events: Any) -> None:
         place = _place(client, job.id)
         shares = [0.0] * len(works)
@@ -153,8 +177,11 @@ class Jobs:
         }
 
     async def _write(self, place: str, job: Job) -> None:
+        await self._put(f"{place}/job.json", json.dumps(asdict(job)).encode())
+
+    async def _put(self, name: str, data: bytes) -> None:
         try:
-            await asyncio.to_thread(self._store.write, f"{place}/job.json", json.dumps(asdict(job)).encode())
+            await asyncio.to_thread(self._store.write, name, data)
         except Exception as error:
             log.error("the store of results failed", exc_info=error)
             raise Refusal(503, "store_failed", "results cannot be stored now", retry_after=30) from error
@@ -229,6 +256,16 @@ class Files:
         """Delete the folder if it was only a temporary one."""
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def jobs_of(http: Request) -> Jobs:
+    """The jobs of the application that a request came to."""
+    jobs: Jobs = http.app.state.jobs
+    return jobs
+
+
+def _public(name: str) -> str:
+    return f"public/{name.partition('.')[0]}/{name}"
 
 
 def _place(client: Client, identity: str) -> str:

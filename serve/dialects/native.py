@@ -16,7 +16,7 @@ from diffray.model.sampler_names import SAMPLER_NAMES
 from diffray.model.schedule import SCHEDULES
 
 from .. import failures
-from ..jobs import Job, Jobs
+from ..jobs import Job, jobs_of
 from ..refusal import Refusal
 from ..service import Service
 from ..work import Event, Finished, Work
@@ -87,32 +87,27 @@ def router(service: Service) -> APIRouter:
         """Begin a job; ask for its state at /v1/diffray/jobs/{id}."""
         client = await service.client(http)
         card = await service.model(body.model)
-        job = await _jobs(http).submit(client, body.works(card.name, pixels))
+        job = await jobs_of(http).submit(client, body.works(card.name, pixels))
         response.headers["location"] = f"/v1/diffray/jobs/{job.id}"
         return _state(job)
 
     @routes.get("/jobs/{job}")
     async def state(http: Request, job: str) -> JobState:
         """How far a job is."""
-        return _state(await _jobs(http).find(await service.client(http), job))
+        return _state(await jobs_of(http).find(await service.client(http), job))
 
     @routes.get("/jobs/{job}/images/{index}", responses=FILE, response_class=Response)
     async def picture(http: Request, job: str, index: int) -> Response:
         """A finished picture of a job."""
-        data, format = await _jobs(http).picture(await service.client(http), job, index)
+        data, format = await jobs_of(http).picture(await service.client(http), job, index)
         return Response(data, media_type=f"image/{format}")
 
     @routes.delete("/jobs/{job}")
     async def cancel(http: Request, job: str) -> JobState:
         """Stop a job at its next step; delete it if it is over."""
-        return _state(await _jobs(http).cancel(await service.client(http), job))
+        return _state(await jobs_of(http).cancel(await service.client(http), job))
 
     return routes
-
-
-def _jobs(http: Request) -> Jobs:
-    jobs: Jobs = http.app.state.jobs
-    return jobs
 
 
 def _state(job: Job) -> JobState:

@@ -10,9 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from diffray.model.encoding import MEDIA_TYPES
+
+from ..jobs import jobs_of
 from ..pictures import picture
 from ..refusal import Refusal
 from ..service import Client, Service
+from ..work import Finished
 from . import openai_bodies as bodies
 from .forms import form_schema, one_file, read_form
 from .openai_events import Kind, error_body, server_sent
@@ -22,6 +26,11 @@ from .parts import base64_text, begun, client_names
 ROUTES = ("/v1/images", "/v1/models")
 STATUSES = {422: 400}
 """Statuses that this API has another one for."""
+FILE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()}
+    }
+}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"model": bodies.Images, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
@@ -43,6 +52,14 @@ def router(service: Service) -> APIRouter:
         client = await service.client(http)
         wanted = asked(body, await service.model(body.model))
         return await _answer(service, http, client, wanted, "image_generation")
+
+    @routes.get("/images/content/{name}", responses=FILE, response_class=Response)
+    async def content(http: Request, name: str) -> Response:
+        """A picture by the URL of an answer, for as long as the service keeps results. The URL is the key."""
+        data = await jobs_of(http).published(name)
+        return Response(
+            data, media_type=f"image/{name.partition('.')[2]}", headers={"x-content-type-options": "nosniff"}
+        )
 
     @routes.post(
         "/images/edits",
@@ -112,7 +129,7 @@ async def _answer(service: Service, http: Request, client: Client, wanted: Asked
         finished = await service.make(http, client, wanted.works)
     answer = bodies.Images(
         created=int(time.time()),
-        data=[bodies.ImageData(b64_json=base64_text(f.data), seed=f.request.seed) for f in finished],
+        data=[await _data(http, f, wanted) for f in finished],
         output_format=wanted.works[0].format,
         quality=wanted.quality,
         size=f"{finished[0].request.width}x{finished[0].request.height}",
@@ -120,3 +137,10 @@ async def _answer(service: Service, http: Request, client: Client, wanted: Asked
         safety_identifier=wanted.safety_identifier,
     )
     return JSONResponse(answer.model_dump(exclude_none=True))
+
+
+async def _data(http: Request, finished: Finished, wanted: Asked) -> bodies.ImageData:
+    if not wanted.by_url:
+        return bodies.ImageData(b64_json=base64_text(finished.data), seed=finished.request.seed)
+    name = await jobs_of(http).publish(finished.data, wanted.works[0].format)
+    return bodies.ImageData(url=f"{http.base_url}v1/images/content/{name}", seed=finished.request.seed)

@@ -24,7 +24,9 @@ class Common(BaseModel):
         pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
         description='"WIDTHxHEIGHT" or "auto": the model\'s own size, for edits in the proportions of the image.',
     )
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json if left out.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="b64_json if left out; a url works without a key, for as long as results are kept."
+    )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="png if left out.")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
         None, description="Quality of jpeg and webp in percent; 100 if left out, which for webp is lossless."

@@ -22,11 +22,19 @@ from .parts import base64_text, client_names
 Kind = Literal["image_generation", "image_edit"]
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
+CODES = {
+    "unauthorized": "invalid_api_key",
+    "rate_limited": "rate_limit_exceeded",
+    "content_filtered": "content_policy_violation",
+}
+"""What this API calls a refusal that we call otherwise."""
+
 
 def error_body(refusal: Refusal) -> dict[str, Any]:
     """The error with the four keys that the SDK reads."""
     kind = TYPES.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error")
-    error = {"message": refusal.message, "type": kind, "param": refusal.field, "code": refusal.code}
+    code = CODES.get(refusal.code, refusal.code)
+    error = {"message": refusal.message, "type": kind, "param": refusal.field, "code": code}
     return {"error": error}
 
 

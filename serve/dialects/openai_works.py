@@ -43,6 +43,7 @@ class Asked:
         partial_images: how many per image of a stream; None is no stream.
         size: of every image, in pixels.
         factor: pixels per latent pixel along a side.
+        by_url: the answer has URLs of the images instead of the images.
     """
 
     works: Sequence[Work]
@@ -51,6 +52,7 @@ class Asked:
     size: tuple[int, int]
     factor: int
     quality: str
+    by_url: bool
     safety_identifier: str | None
 
 
@@ -83,6 +85,7 @@ def asked(body: Body, card: ModelCard, source: Source | None = None, pixels: int
         size=size or (card.width, card.height),
         factor=card.factor,
         quality=QUALITIES.get(body.quality, body.quality or ""),
+        by_url=body.response_format == "url",
         safety_identifier=body.safety_identifier or body.user,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import requests
 from PIL import Image, ImageDraw
 
 from diffray.model import Engine, ImageRequest, load_model
@@ -221,6 +222,20 @@ def test_a_stream_of_edits(api: openai.OpenAI) -> None:
     assert kinds.count("image_edit.completed") == 2
     assert kinds.count("image_edit.partial_image") == 2
     assert {(event.model_extra or {})["index"] for event in events} == {0, 1}
+
+
+def test_urls_work_without_a_key_until_results_are_gone(api: openai.OpenAI) -> None:
+    answer = api.images.generate(prompt="a star", n=2, response_format="url", extra_body=FAST)
+    whole = api.images.generate(prompt="a star", n=2, extra_body=FAST)
+    assert answer.data
+    urls = [data.url or "" for data in answer.data]
+    for url, data in zip(urls, whole.data or [], strict=True):
+        got = requests.get(url)
+        assert got.headers["content-type"] == "image/png"
+        assert got.content == base64.b64decode(data.b64_json or "")
+    another = "1" if urls[0][-5] == "0" else "0"
+    for wrong in (f"{urls[0][:-5]}{another}.png", urls[0][:-3] + "jpeg", urls[0].rpartition("/")[0] + "/x"):
+        assert requests.get(wrong).status_code == 404
 
 
 def test_models(api: openai.OpenAI) -> None:
