@@ -27,6 +27,7 @@ from torch import Tensor
 from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError, InvalidRequest
 from .images import mask_tensor, rgb, to_image
 from .latents import checked_latents, checked_size, decode, latents_of, ordinary, picture_of
+from .precision import exact_float32
 from .preparation import Prepared, prepare, refinement, second_pass, table_for
 from .queue import Queue
 from .request import ImageRequest
@@ -271,7 +272,7 @@ class Engine:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """One thread at a time; an error in here is the end of everything in flight."""
-        with self._stepping:
+        with self._stepping, exact_float32(self.model.device):
             try:
                 yield
             except BaseException as error:

@@ -79,7 +79,7 @@ def load_model(
         source: "embedded", a path, an fsspec URL or a hub id; see `source.resolve`.
         device: "auto" is CUDA where there is one.
         dtype: "auto" is bfloat16 on CUDA that computes in it (else float16) and float32 on CPU, where half
-            precision is many times slower.
+            precision is many times slower. float32 is exact on CUDA too (`precision.exact_float32`).
         vae_dtype: "auto" is `dtype`, except float32 for a decoder that overflows in float16 (`force_upcast`).
         vae: source of an autoencoder to use instead of the checkpoint's.
         taesd: source of a TAESD decoder for previews.

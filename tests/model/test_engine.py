@@ -7,7 +7,7 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -765,15 +765,6 @@ cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reas
 on_cuda = pytest.mark.parametrize("dtype", [pytest.param(d, marks=cuda) for d in ("float32", "bfloat16")])
 
 
-@pytest.fixture
-def full_precision() -> Iterator[None]:
-    """Convolutions in float32 itself, not in TF32, as the oracle on the CPU."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
 @functools.cache
 def cuda_model(dtype: str, kind: str = "sd1") -> Any:
     from diffray.model import load_model
@@ -783,7 +774,6 @@ def cuda_model(dtype: str, kind: str = "sd1") -> Any:
 
 @on_cuda
 @pytest.mark.parametrize("index", range(7))
-@pytest.mark.usefixtures("full_precision")
 def test_cuda_parity(index: int, dtype: str) -> None:
     result = Engine(cuda_model(dtype), batch_size=BATCH).generate([MIXED[index]])[0]
     assert result.latents is not None
