@@ -54,8 +54,9 @@ def _explained(error: Exception) -> tuple[str, int]:
     """The line and the exit code of an error."""
     from diffray.model.errors import DiffrayError, InvalidRequest, JobConflict
     from diffray.pipelines import InvalidJob
+    from diffray.serve.config import InvalidConfig
 
-    if isinstance(error, (InvalidJob, InvalidRequest)):
+    if isinstance(error, (InvalidJob, InvalidRequest, InvalidConfig)):
         return str(error), INVALID
     if isinstance(error, JobConflict):
         return str(error), CONFLICT

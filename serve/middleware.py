@@ -30,6 +30,8 @@ SECURITY = (
     (b"x-frame-options", b"DENY"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
+PROBES = ("/healthz", "/readyz", "/metrics")
+"""Asked every few seconds by machines; not in the access log."""
 BODIES_AT_ONCE = 16
 """Bodies of the largest allowed size that are held in memory together; more wait at the door with 503."""
 
@@ -77,7 +79,7 @@ class Logged:
         metrics.REQUESTS.add(dialect=dialect, status=str(sent["status"]))
         if "generation" in state:
             metrics.REQUEST_SECONDS.observe(seconds, dialect=dialect)
-        if self.config.log == "off":
+        if self.config.log == "off" or scope["path"] in PROBES:
             return
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffray.model import CheckpointError, Engine, ImageRequest, Model, inspect_source, load_model
+from diffray.model import (
+    CheckpointError,
+    DiffrayError,
+    Engine,
+    ImageRequest,
+    Model,
+    inspect_source,
+    load_model,
+)
 
 from . import metrics
 from .config import Memory, ModelEntry
@@ -107,7 +115,8 @@ class Residents:
             self._held[name] = resident
             metrics.MODEL_BYTES.set(resident.bytes, model=name)
         except Exception as error:
-            log.error("model %s cannot be loaded", name, exc_info=error)
+            known = isinstance(error, DiffrayError)
+            log.error("model %s cannot be loaded: %s", name, error, exc_info=None if known else error)
             raise unavailable(name) from error
         finally:
             async with self._changed:

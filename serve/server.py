@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+import signal
 from asyncio import Transport
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -59,6 +60,17 @@ class Patient(HttpToolsProtocol):
             self.transport.close()
 
 
+class Server(uvicorn.Server):
+    """Ends with exit code 0 on a signal: uvicorn would send itself the signal again at the end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
 def run(config: ServeConfig, said: Callable[[str], None] = print) -> None:
     """Serve until SIGINT or SIGTERM, then finish what was begun.
 
@@ -84,7 +96,7 @@ async def _serve(config: ServeConfig, said: Callable[[str], None]) -> None:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=int(config.limits.seconds) + 1,
     )
-    server = uvicorn.Server(listener)
+    server = Server(listener)
     socket = listener.bind_socket()
     said(f"http://{config.host}:{socket.getsockname()[1]}/  loading {config.default_model} ...")
     serving = asyncio.create_task(server.serve([socket]))

@@ -29,8 +29,10 @@ class Live:
 
 
 @contextmanager
-def live(config: ServeConfig, backend: Callable[[ServeConfig], Backend] = Engines) -> Iterator[Live]:
-    """Serve in a background thread."""
+def live(
+    config: ServeConfig, backend: Callable[[ServeConfig], Backend] = Engines, **options: Any
+) -> Iterator[Live]:
+    """Serve in a background thread; `options` are uvicorn's."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -42,7 +44,7 @@ def live(config: ServeConfig, backend: Callable[[ServeConfig], Backend] = Engine
         service = Service(config, engines)
         if isinstance(engines, Engines):
             await engines.start()
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", **options))
         made.update(service=service, server=server, loop=asyncio.get_running_loop())
         task = asyncio.create_task(server.serve([listener]))
         while not server.started and not task.done():
@@ -54,7 +56,7 @@ def live(config: ServeConfig, backend: Callable[[ServeConfig], Backend] = Engine
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    assert ready.wait(60), "the service did not start"
+    assert ready.wait(180), "the service did not start"
     try:
         yield Live(f"http://127.0.0.1:{port}", made["service"], made["loop"])
     finally:
