@@ -1,4 +1,4 @@
-"""Commands for batch jobs: generate, run, status."""
+"""Commands for batch jobs: generate, run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .fields import (
     request_fields,
 )
 from .outcome import reported
+from .storage import Anonymous, Endpoint, Profile, Storage, storage_from
 
 if TYPE_CHECKING:
     from diffray.pipelines import JobConfig
@@ -59,6 +60,10 @@ def generate(
         str, typer.Option(help="Where images go: parquet, or files beside a table.")
     ] = "parquet",
     take_over: TakeOver = False,
+    endpoint: Endpoint = None,
+    profile: Profile = None,
+    anonymous: Anonymous = False,
+    storage: Storage = None,
 ) -> None:
     """Make one image per row of INPUT (or several) and write the dataset to OUTPUT."""
     with reported(context):
@@ -84,6 +89,7 @@ def generate(
             "encoding": {"format": format, "quality": quality, "layout": images},
             "shards": {"images": shard_images},
             "workers": {"actors": actors, "address": address},
+            "storage": storage_from(storage, endpoint, profile, anonymous),
         }
         _run(JobConfig.checked(values), take_over)
 
@@ -98,28 +104,6 @@ def run(
         from diffray.pipelines import JobConfig
 
         _run(JobConfig.from_yaml(job), take_over)
-
-
-def status(
-    context: typer.Context,
-    output: Annotated[str, typer.Argument(help="Folder or URL of a dataset.")],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read every file and compare its checksum.")
-    ] = False,
-) -> None:
-    """Say how far the job in OUTPUT is."""
-    with reported(context):
-        from diffray.pipelines import job_status
-
-        state = job_status(output, verify=verify)
-        typer.echo(f"{state.ended} of {state.planned} images ended, {state.rejected} of them rejected")
-        typer.echo(f"{state.committed} of {state.shards} shards committed; {state.phase}")
-        if state.owner:
-            typer.echo(f"owner: {state.owner}")
-        for line in state.damaged:
-            typer.echo(f"damaged: {line}")
-        if state.damaged:
-            raise typer.Exit(1)
 
 
 def _run(config: JobConfig, take_over: bool) -> None:

@@ -15,10 +15,13 @@ from .processor import Processor, ProcessorConfig, build_processor
 from .progress import for_this_terminal
 from .status import JobStatus, job_status
 from .store import Store
+from .upkeep import collect, repair, retry_rejected
 from .values import request_from
+from .verification import Fault, Verification, verify
 
 __all__ = [
     "Encoding",
+    "Fault",
     "InvalidJob",
     "JobConfig",
     "JobResult",
@@ -30,10 +33,15 @@ __all__ = [
     "ProcessorConfig",
     "ShardLimits",
     "Store",
+    "Verification",
     "Workers",
     "build_processor",
+    "collect",
     "for_this_terminal",
     "job_status",
+    "repair",
     "request_from",
+    "retry_rejected",
     "run",
+    "verify",
 ]

@@ -9,8 +9,11 @@ shard runs together again.
 from __future__ import annotations
 
 import json
+import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffray.model.errors import JobError
 
@@ -27,6 +30,7 @@ class Attempts:
     Attributes:
         deaths: image id to the number of workers that died while it was alone.
         reasons: image id to the last error recorded for it, where the process could still say one.
+        verdicts: rejections of an earlier commit of this shard that stand, although it is made again.
     """
 
     store: Store
@@ -36,22 +40,23 @@ class Attempts:
     limit: int
     deaths: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, str] = field(default_factory=dict)
+    verdicts: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _together: int = 0
     _unexplained: int = 0
     _next: int = 0
 
     @classmethod
-    def read(cls, store: Store, shard: int, run: int, limit: int) -> Attempts:
+    def read(cls, store: Store, shard: int, run: int, limit: int, *, patient: bool = False) -> Attempts:
         """What is known so far.
 
         Raises:
-            JobError: the shard keeps killing workers although no single row of it does.
+            JobError: the shard keeps killing workers although no single row of it does, unless `patient`.
         """
         attempts = cls(store, shard, run, limit)
         for name in store.list(attempts._folder):
             attempts._count(json.loads(store.read(f"{attempts._folder}/{name}")))
             attempts._next = int(name.removesuffix(".json")) + 1
-        if attempts._unexplained > PATIENCE * (len(attempts.killers) + 1) + limit:
+        if not patient and attempts._unexplained > PATIENCE * (len(attempts.killers) + 1) + limit:
             error = next(reversed(attempts.reasons.values()), "no error was recorded")
             raise JobError(f"shard {shard} keeps killing its worker, but no single row of it does: {error}")
         return attempts
@@ -83,18 +88,25 @@ class Attempts:
         values = json.loads(self.store.read(record))
         self.store.write(record, json.dumps({**values, "error": error[:500]}).encode())
 
+    def uphold(self, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record rejections that the next attempt takes over: image id to stage, field, reason and attempts."""
+        self._record({"verdicts": verdicts})
+
     @property
     def _folder(self) -> str:
         return f"_diffray/attempts/{self.shard:05d}"
 
-    def _record(self, values: dict[str, str]) -> str:
+    def _record(self, values: dict[str, Any]) -> str:
+        # The token tells the records of two workers apart that write the same one at once.
+        data = json.dumps({**values, "run": self.run, "token": uuid.uuid4().hex}).encode()
         while True:
             name = f"{self._folder}/{self._next:05d}.json"
             self._next += 1
-            if self.store.put_if_absent(name, json.dumps({**values, "run": self.run}).encode()):
+            if self.store.put_if_absent(name, data):
                 return name
 
-    def _count(self, record: dict[str, object]) -> None:
+    def _count(self, record: dict[str, Any]) -> None:
+        self.verdicts |= record.get("verdicts", {})
         row, here = record.get("row"), record.get("run") == self.run
         if isinstance(row, str):
             self.deaths[row] += 1

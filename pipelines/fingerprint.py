@@ -42,6 +42,15 @@ def record(store: Store, mine: dict[str, Any]) -> None:
     store.write(JOB, (json.dumps(mine, indent=2) + "\n").encode())
 
 
+def recorded_config(store: Store) -> dict[str, Any]:
+    """The config that the job in `store` was started with, but for where it reads, writes and runs.
+
+    Raises:
+        JobConflict: the record is damaged.
+    """
+    return dict(_recorded(store)["config"])
+
+
 def refuse_foreign(store: Store) -> None:
     """Refuse an output that holds files which no diffray job wrote.
 
@@ -59,10 +68,7 @@ def check(store: Store, mine: dict[str, Any]) -> None:
     Raises:
         JobConflict: showing every difference on a line of its own.
     """
-    try:
-        recorded = json.loads(store.read(JOB))
-    except ValueError as error:
-        raise JobConflict(f"{store.path(JOB)} is damaged: {error}") from None
+    recorded = _recorded(store)
     if recorded == mine:
         return
     before, after = _flat(recorded), _flat(mine)
@@ -74,6 +80,13 @@ def check(store: Store, mine: dict[str, Any]) -> None:
     raise JobConflict(
         "\n".join([f"{store.url} holds another job; choose a new output, or undo these changes:", *lines])
     )
+
+
+def _recorded(store: Store) -> dict[str, Any]:
+    try:
+        return dict(json.loads(store.read(JOB)))
+    except ValueError as error:
+        raise JobConflict(f"{store.path(JOB)} is damaged: {error}") from None
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

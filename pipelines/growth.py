@@ -7,11 +7,11 @@ order of rows nor the names of files matter. It keeps sixteen bytes per planned 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
@@ -90,18 +90,14 @@ class _Known:
 
     def __init__(self, store: Store, plan: Plan) -> None:
         self._store, self._plan = store, plan
-        ids, contents = np.empty(plan.images, np.uint64), np.empty(plan.images, np.uint64)
-        count = 0
-        for shard in range(plan.shards):
-            for image in read_shard(store, shard).images:
-                if count == plan.images:
-                    break  # from here on they are rejected rows that ran again
-                ids[count], contents[count] = _hash(image.id), _content(image)
-                count += 1
-        order = np.argsort(ids[:count])
-        self._ids: npt.NDArray[np.uint64] = ids[order]
-        self._contents: npt.NDArray[np.uint64] = contents[order]
-        self._seen = np.zeros(count, bool)
+        ids, contents = array("Q"), array("Q")
+        for image in self._images():
+            ids.append(_hash(image.id))
+            contents.append(_content(image))
+        # Rejected rows that ran again stand there twice, with the same content.
+        self._ids, first = np.unique(np.frombuffer(ids, np.uint64), return_index=True)
+        self._contents = np.frombuffer(contents, np.uint64)[first]
+        self._seen = np.zeros(len(self._ids), bool)
 
     def unseen(self, images: Iterator[PlannedImage]) -> Iterator[PlannedImage]:
         """Those that are not planned yet; an image that is must be the same as then."""

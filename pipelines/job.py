@@ -86,7 +86,7 @@ def run(
     if plan := read_plan(store):
         check(store, mine)
         if plan.input == files and is_finished(store, plan):
-            return _result(store, plan, 0, started)
+            return result(store, plan, 0, started)
     with Lock.acquire(store, take_over=take_over) as lock:
         plan = read_plan(store)
         if plan is None:
@@ -95,7 +95,7 @@ def run(
         elif plan.input != files:
             plan = grow(store, config, kinds, source, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
-    return _result(store, plan, made, started)
+    return result(store, plan, made, started)
 
 
 def complete(
@@ -152,7 +152,8 @@ def _shares(config: JobConfig, plan: Plan, pending: Sequence[int]) -> list[Share
     return [Share(options, shards) for options, shards in shares if shards]
 
 
-def _result(store: Store, plan: Plan, made: int, started: float) -> JobResult:
+def result(store: Store, plan: Plan, made: int, started: float) -> JobResult:
+    """How a finished job ended, as its success mark says."""
     totals = json.loads(store.read(SUCCESS))
     seconds = time.monotonic() - started
     return JobResult(store.url, totals["images"], totals["rejected"], plan.shards, made, seconds)

@@ -2,66 +2,61 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from diffray.model.errors import JobError
+from typing import Any
 
 from .commit import committed, read_commits, totals
 from .lock import owner
-from .plan import read_plan
 from .report import is_finished
 from .store import Store
+from .upkeep import planned_job
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """A job as its output shows it. `damaged` names files that are gone or have other bytes than recorded."""
+    """A job as its output shows it.
+
+    Attributes:
+        images, rejected: those that ended so far; together at most `planned`.
+        phase: "complete", "running" or "stopped".
+        owner: the driver that works on it, as far as this host can tell.
+        plans: 1, and one more for each time that the input grew or rejected rows ran again.
+    """
 
     planned: int
-    ended: int
+    images: int
     rejected: int
     shards: int
     committed: int
     phase: str
     owner: str | None
-    damaged: tuple[str, ...] = ()
+    plans: int = 1
+
+    @property
+    def ended(self) -> int:
+        """Planned images that became a picture or a rejected row."""
+        return self.images + self.rejected
 
 
-def job_status(output: str, *, verify: bool = False) -> JobStatus:
-    """The state of the job in `output`; `verify` reads every file that a commit record names.
+def job_status(output: str, *, storage: Mapping[str, Any] | None = None) -> JobStatus:
+    """The state of the job in `output`; `storage` are fsspec options for it.
 
     Raises:
         JobError: there is no planned job.
     """
-    store = Store(output)
-    plan = read_plan(store)
-    if plan is None:
-        raise JobError(f"{output} holds no planned diffray job")
+    store = Store(output, storage)
+    plan = planned_job(store)
     commits = read_commits(store, sorted(committed(store)))
     images, rejected = totals(plan, commits)
-    done = is_finished(store, plan)
     who = owner(store)
-    phase = "complete" if done else "running" if who else "stopped; run the same command to go on"
-    damaged = [fault for c in commits for f in c.files if (fault := _fault(store, f))] if verify else []
     return JobStatus(
         planned=plan.images,
-        ended=images + rejected,
+        images=images,
         rejected=rejected,
         shards=plan.shards,
         committed=len(commits),
-        phase=phase,
+        phase="complete" if is_finished(store, plan) else "running" if who else "stopped",
         owner=who,
-        damaged=tuple(damaged),
+        plans=plan.number,
     )
-
-
-def _fault(store: Store, file: object) -> str | None:
-    assert isinstance(file, dict)
-    try:
-        data = store.read(file["path"])
-    except FileNotFoundError:
-        return f"{file['path']}: missing"
-    if hashlib.sha256(data).hexdigest() != file["sha256"]:
-        return f"{file['path']}: {len(data)} bytes with another SHA-256 than recorded"
-    return None

@@ -282,6 +282,8 @@ def _decided(
     for image in images:
         if image.request is None:
             outcomes.append(Rejected(image, "plan", image.field, image.reason or "", 0))
+        elif verdict := attempts.verdicts.get(image.id):
+            outcomes.append(Rejected(image, **verdict))
         elif image.id in attempts.killers:
             deaths = attempts.deaths[image.id]
             error = attempts.reasons.get(image.id)

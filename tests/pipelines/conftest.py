@@ -17,6 +17,7 @@ from diffray.pipelines.report import TIMED_FILES
 from diffray.pipelines.worker import Share, Task, Worker, WorkerBroken
 
 from . import fake
+from .s3 import S3, serve
 
 os.environ.setdefault(
     "RAY_worker_niceness", "0"
@@ -115,3 +116,10 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
     if mode is None:
         os.environ.pop("RAY_AUTH_MODE", None)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A bucket on moto, or on the server that the environment names."""
+    with serve() as server:
+        yield server

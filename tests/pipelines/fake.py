@@ -1,7 +1,7 @@
 """A model that draws noise from the seed: the engine's API without its weight.
 
 Words in a prompt make it misbehave: POISON fails that image, KILL ends the process, BREAK stops the engine,
-SLOW takes its time.
+SLOW takes its time, BLANK draws one colour.
 """
 
 from __future__ import annotations
@@ -89,10 +89,13 @@ class FakeTicket:
 class FakeEngine:
     rows = 2
     batch_size = 2
+    poisonous = True
 
     def __init__(self, log: str | None) -> None:
         self._log = log
         self.failure: BaseException | None = None
+        self.ticks = 0
+        self._closing = threading.Event()
         self._queue: queue.Queue[FakeTicket | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -103,6 +106,7 @@ class FakeEngine:
         return ticket
 
     def close(self) -> None:
+        self._closing.set()
         self._queue.put(None)
         self._thread.join()
 
@@ -118,12 +122,16 @@ class FakeEngine:
     def _make(self, request: ImageRequest) -> FakeResult:
         if self.failure is not None:
             raise GenerationError("engine stopped")
+        self.ticks += 1
         if self._log:
             with open(self._log, "a") as file:
                 file.write(f"{request.seed} {os.getpid()}\n")
         if "SLOW" in request.prompt:
             time.sleep(0.15)
-        if "POISON" in request.prompt:
+        if "HANG" in request.prompt:
+            self._closing.wait()
+            raise GenerationError("engine closed")
+        if "POISON" in request.prompt and self.poisonous:
             raise GenerationError("denoised latents: got non-finite values")
         if "KILL" in request.prompt:
             os._exit(9)
@@ -132,6 +140,8 @@ class FakeEngine:
             raise GenerationError("engine stopped: CUDA error: device-side assert")
         rng = np.random.default_rng(request.seed)
         pixels = rng.integers(0, 255, (request.height, request.width, 3), dtype=np.uint8)
+        if "BLANK" in request.prompt:
+            pixels[:] = (1, 2, 3)
         return FakeResult(Image.fromarray(pixels), request, {"denoise": 0.001})
 
 
