@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import batch, single
+from . import batch, single, upkeep
 
 app = typer.Typer(
     name="diffray",
@@ -23,7 +23,10 @@ app = typer.Typer(
 )
 app.command()(batch.generate)
 app.command()(batch.run)
-app.command()(batch.status)
+app.command()(upkeep.status)
+app.command()(upkeep.verify)
+app.command()(upkeep.retry_rejected)
+app.command()(upkeep.gc)
 app.command()(single.sample)
 app.command()(single.inspect)
 app.command()(single.convert)
