@@ -1,6 +1,6 @@
-"""The command line: one thin layer over `diffray.pipelines` and `diffray.model`.
+"""The command line: one thin layer over `diffray.pipelines`, `diffray.serve` and `diffray.model`.
 
-Both are imported inside the commands, so that `diffray --help` does not wait for torch and Ray.
+They are imported inside the commands, so that `diffray --help` does not wait for torch and Ray.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
-from . import batch, single, upkeep
+from . import batch, bench, serve, single, upkeep
 
 app = typer.Typer(
     name="diffray",
-    help="Stable Diffusion as a batch pipeline on Ray: a table of prompts becomes a dataset of images.",
+    help="Stable Diffusion as a batch pipeline and a service on Ray: a table of prompts becomes a dataset, "
+    "the same models answer online.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,6 +31,9 @@ app.command()(upkeep.gc)
 app.command()(single.sample)
 app.command()(single.inspect)
 app.command()(single.convert)
+app.command()(serve.serve)
+app.add_typer(serve.keys, name="keys")
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:
