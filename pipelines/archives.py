@@ -66,7 +66,7 @@ def _add(
     if member.offset_data + member.size > size:
         raise _BadMember(f"member {member.name!r} is cut off: the tar ends before it")
     if column not in ("json", "txt", "cls"):
-        values[column] = Reference(Member(name, member.offset_data, member.size))
+        values[column] = Reference.to(Member(name, member.offset_data, member.size))
         return
     if member.size > MAX_TEXT:
         raise _BadMember(f"member {member.name!r} has {member.size} bytes, allowed are {MAX_TEXT}")

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from posixpath import dirname, join, normpath
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -71,10 +71,14 @@ class Member:
 class Reference(str):
     """The text of a reference as a value of a row, where the value itself was not read."""
 
-    __slots__ = ()
+    @classmethod
+    def to(cls, place: Cell | Member) -> Self:
+        """The reference to a place in the job's input."""
+        return cls(f"{INPUT}{place}")
 
-    def __new__(cls, place: Cell | Member) -> Reference:
-        return super().__new__(cls, f"{INPUT}{place}")
+
+class StructReference(Reference):
+    """One to the struct of bytes and path that Hugging Face keeps pictures in."""
 
 
 def parsed_reference(text: str) -> Cell | Member | str:

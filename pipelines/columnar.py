@@ -72,7 +72,7 @@ def _rows(batch: pa.RecordBatch, name: str, start: int, blobs: list[str]) -> Ite
             yield SourceRow(name, number + 1, problem=f"row {number + 1}: not valid UTF-8")
             continue
         for column in blobs:
-            values[column] = Reference(Cell(name, number, column))
+            values[column] = Reference.to(Cell(name, number, column))
         yield SourceRow(name, number + 1, values)
 
 

@@ -20,7 +20,7 @@ from diffray.model.errors import InvalidRequest
 
 from .readers import SourceRow
 from .schemas import OWN_COLUMNS
-from .tasks import Kind
+from .tasks import LATENTS, Kind
 from .values import REQUEST_COLUMNS, shown
 
 MAX_ID = 500
@@ -127,11 +127,13 @@ class Columns:
 
     def _laid_out(self, names: tuple[str, ...], placed: bool, source: bool) -> _Layout:
         plain, searched = [], []
+        # Of what made the source only its prompts are used, and what says how to read it.
+        kept = {"prompt", "negative_prompt", *(LATENTS if self._kind.task == "decode" else ())}
         for field in self.fields:
             columns = self.looked_for(field)
             if source and field == self._source:
                 columns = tuple(c for c in columns if c in MADE) or columns
-            elif source and field not in self._names and field not in ("prompt", "negative_prompt"):
+            elif source and field not in self._names and field not in kept:
                 continue
             found = tuple(c for c in columns if c in names)
             if len(found) > 1:

@@ -44,6 +44,8 @@ class Encoding(Strict):
     """Bytes inside the Parquet column `image`, one file per image beside a metadata table, or WebDataset tars."""
     metadata: Literal["parquet", "jsonl"] = "parquet"
     """The table beside image files. Parquet states the columns' types, JSON lines leave them to the reader."""
+    latents: Literal["float16", "float32"] = "float16"
+    """Of task `encode`: the type of the numbers."""
 
 
 class Range(Strict):
@@ -203,7 +205,9 @@ class JobConfig(Strict):
     """License of the dataset by its Hugging Face name, for the dataset card."""
 
     @model_validator(mode="after")
-    def _one_way_of_models(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.task == "encode" and self.encoding.layout != "parquet":
+            raise ValueError("task encode writes latents into Parquet: leave encoding.layout out")
         if self.models and self.model != ModelOptions():
             raise ValueError("give model or models, not both")
         if len({repr(options) for options in self.models.values()}) < len(self.models):
@@ -223,6 +227,10 @@ class JobConfig(Strict):
     def every_model(self) -> dict[str, ModelOptions]:
         """Options by name; the single model's name is empty."""
         return self.models or {"": self.model}
+
+    def name_of(self, model: ModelOptions) -> str:
+        """The name of one of `models`; empty for the single model."""
+        return next((name for name, options in self.models.items() if options == model), "")
 
     @property
     def inputs(self) -> list[str]:

@@ -50,11 +50,13 @@ class Made:
     scores: Mapping[str, Any] = field(default_factory=dict)
     """Values of the score columns, by name."""
     thumbnail: bytes | None = None
+    latents: Mapping[str, Any] | None = None
+    """Columns that hold latents in place of a picture."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A planned image that did not. `stage` is "plan", "guard", "generate", "check" or "encode"."""
+    """A planned image that did not. `stage` is "plan", "guard", "source", "generate", "check" or "encode"."""
 
     image: PlannedImage
     stage: str
@@ -128,12 +130,17 @@ def leftovers(number: int, output: Output) -> set[str]:
 
 def _parquet(number: int, user: pa.Schema, made: Sequence[Made], output: Output) -> dict[str, Part]:
     rows = [
-        _row(one, output, user, {"image": {"bytes": one.data, "path": _name(position, one, output)}})
+        _row(one, output, user, one.latents or _picture(one, _name(position, one, output)))
         for position, one in enumerate(made)
     ]
     group = max(1, GROUP_BYTES * len(made) // max(1, sum(len(one.data) for one in made)))
-    data = parquet(rows, _schema(user, output, files=False), group=min(group, 100))
+    schema = _schema(user, output, files=False, latents=made[0].latents is not None)
+    data = parquet(rows, schema, group=min(group, 100))
     return {output.table(number): Part(data, len(rows))}
+
+
+def _picture(one: Made, name: str) -> dict[str, Any]:
+    return {"image": {"bytes": one.data, "path": name}}
 
 
 def _image_files(number: int, user: pa.Schema, made: Sequence[Made], output: Output) -> dict[str, Part]:
@@ -170,9 +177,14 @@ def _index(made: Sequence[Made], output: Output) -> bytes:
     rows = []
     for one in made:
         facts = {k: v for k, v in one.request.parameters().items() if v is not None}
-        shown = _json(facts | {"model": output.model} | dict(one.image.user)) if one.thumbnail else None
+        own = {name: v for name, v in one.image.user.items() if not _is_large(v)}
+        shown = _json(facts | {"model": output.model} | own) if one.thumbnail else None
         rows.append({"id": one.image.id, "thumbnail": one.thumbnail, "shown": shown, **one.scores})
     return index_part(rows, output.scores)
+
+
+def _is_large(value: object) -> bool:
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
 def _row(one: Made, output: Output, user: pa.Schema, image: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,10 +194,10 @@ def _row(one: Made, output: Output, user: pa.Schema, image: Mapping[str, Any]) -
     return data_row(one.image, one.request, {**image, **facts, **scores})
 
 
-def _schema(user: pa.Schema, output: Output, *, files: bool) -> pa.Schema:
+def _schema(user: pa.Schema, output: Output, *, files: bool, latents: bool = False) -> pa.Schema:
     names = score_names(output.scores, user)
     scores = [pa.field(names[name], kind) for name, kind in output.scores.items()]
-    return data_schema(user, files=files, scores=scores)
+    return data_schema(user, files=files, latents=latents, scores=scores)
 
 
 def score_names(scores: Mapping[str, Any], user: pa.Schema) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from .tasks import KINDS, PICTURE_FIELDS
+from .tasks import LATENTS as LATENTS_FACTS
 from .values import REQUEST_COLUMNS
 
 Columns = dict[str, pa.DataType]
@@ -27,12 +28,7 @@ PLAN: Columns = {
 """`parameters` holds all other request fields as JSON: they are the same in most rows of a job."""
 MADE: Columns = {"sha256": pa.string(), "model": pa.string(), "model_checksum": pa.string()}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-LATENTS: Columns = {
-    "latents": pa.binary(),
-    "latents_shape": pa.list_(pa.int64()),
-    "latents_dtype": pa.string(),
-    "latents_scale": pa.float64(),
-}
+LATENTS: Columns = {"latents": pa.binary(), **LATENTS_FACTS}
 """Bytes in C order and little endian; as numpy: frombuffer(latents, latents_dtype).reshape(latents_shape).
 
 They are in the scale of the denoising network: the autoencoder's own, minus its shift, times `latents_scale`.

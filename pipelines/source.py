@@ -192,6 +192,22 @@ class Source:
         return {"name": basename(found.root), "bytes": total, "sha256": digest.hexdigest()}
 
 
+def input_root(inputs: Sequence[str], storage: Callable[[str], Mapping[str, Any]]) -> str:
+    """`Source.root` of these inputs, without looking for their files."""
+    roots = []
+    for url in inputs:
+        fs, path = open_storage(url, storage(url))
+        wild = _wildcard(path)
+        roots.append(dirname(path[:wild] + "x") if wild >= 0 else path if fs.isdir(path) else dirname(path))
+    common = commonpath(roots)
+    return common if "://" not in inputs[0] else str(fs.unstrip_protocol(common))
+
+
+def _wildcard(path: str) -> int:
+    """Where the first wildcard is, -1 without one."""
+    return min((path.index(c) for c in "*?[" if c in path), default=-1)
+
+
 def _expanded(fs: Any, path: str) -> _Found:
     """The files that one input stands for.
 
@@ -200,8 +216,8 @@ def _expanded(fs: Any, path: str) -> _Found:
     """
     if _ending(path.rstrip("/")) == ".lance":
         raise InvalidJob(f"input {path}: Lance datasets are not read; write them as Parquet first")
-    if any(c in path for c in "*?["):
-        root = dirname(path[: min(path.index(c) for c in "*?[" if c in path)] + "x")
+    if (wild := _wildcard(path)) >= 0:
+        root = dirname(path[:wild] + "x")
         return _Found(root, [p for p in _visible(root, fs.glob(path)) if _ending(p) in READERS])
     if not fs.isdir(path):
         if not fs.exists(path):

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from diffray.model.request import ImageRequest
 
-from .blobs import is_blob
+from .blobs import Reference, StructReference, is_blob
 from .rows import PlannedImage
-from .schemas import ID, IMAGE, MADE, PLACE, PLAN, VERDICT
+from .schemas import ID, IMAGE, LATENTS, MADE, PLACE, PLAN, VERDICT
 from .values import REQUEST_COLUMNS, as_text
 
 ROW_GROUP = 100
@@ -53,13 +53,20 @@ class PlanShard:
         """The shard that `to_parquet` wrote."""
         table = pq.read_table(io.BytesIO(data))
         user = pa.schema([_as_carried(field) for field in table.schema if field.name not in PLAN])
-        return cls(tuple(_planned(row, user.names) for row in table.to_pylist()), user)
+        left = {
+            field.name: StructReference if pa.types.is_struct(field.type) else Reference
+            for field in user
+            if is_blob(field.type)
+        }
+        return cls(tuple(_planned(row, user.names, left) for row in table.to_pylist()), user)
 
 
 _PLANNED = [name for name in PLAN if name != "original"]
 
 
-def _planned(row: dict[str, Any], user: list[str]) -> PlannedImage:
+def _planned(row: dict[str, Any], user: list[str], left: Mapping[str, type[Reference]]) -> PlannedImage:
+    for name, kind in left.items():
+        row[name] = None if row[name] is None else kind(row[name])
     return PlannedImage(
         **{name: row[name] for name in _PLANNED},
         original=json.loads(row["original"] or "{}"),
@@ -88,11 +95,15 @@ def data_row(image: PlannedImage, request: ImageRequest, made: Mapping[str, Any]
     return {**_identity(image), **made, **_parameters(request), **image.user}
 
 
-def data_schema(user: pa.Schema, *, files: bool, scores: Sequence[pa.Field] = ()) -> pa.Schema:
-    """The schema of data parts; with image files it names the file instead of holding the bytes."""
+def data_schema(
+    user: pa.Schema, *, files: bool, latents: bool = False, scores: Sequence[pa.Field] = ()
+) -> pa.Schema:
+    """The schema of data parts; with image files it names the file, or it holds latents, instead of the bytes."""
     image = [pa.field("file_name", pa.string())] if files else [pa.field("image", IMAGE)]
+    if latents:
+        image = _fields(LATENTS)
     fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *scores, *user]
-    return pa.schema(fields, metadata=None if files else _HUGGINGFACE)
+    return pa.schema(fields, metadata=None if files or latents else _HUGGINGFACE)
 
 
 def rejected_row(image: PlannedImage, verdict: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,8 +111,9 @@ def rejected_row(image: PlannedImage, verdict: Mapping[str, Any]) -> dict[str, A
     own, request = image.original, image.request
     if request is not None:
         own = {name: as_text(value) for name, value in _parameters(request).items()}
-    place = {"file": image.file, "line": image.line}
-    return {**_identity(image), **verdict, **place, "model": image.model or None, **own, **image.user}
+    place = {"file": image.file, "line": image.line}  # large values of the row are still there
+    user = {name: None if isinstance(v, Reference) else v for name, v in image.user.items()}
+    return {**_identity(image), **verdict, **place, "model": image.model or None, **own, **user}
 
 
 def rejected_schema(user: pa.Schema) -> pa.Schema:

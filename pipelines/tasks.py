@@ -131,6 +131,14 @@ class Kind:
         return replace(request, **values)
 
 
+LATENTS = {
+    "latents_shape": pa.list_(pa.int64()),
+    "latents_dtype": pa.string(),
+    "latents_scale": pa.float64(),
+}
+"""What stands beside latents that are plain bytes."""
+
+
 def _kinds() -> dict[Task, Kind]:
     whole, number = pa.int64(), pa.float64()
     mask = {"mask_invert": pa.bool_(), "mask_values": pa.list_(whole)}
@@ -147,7 +155,7 @@ def _kinds() -> dict[Task, Kind]:
         Kind("edit", models=("edit",)),
         Kind("upscale", fields={"scale": number}, defaults={"prompt": ""}, models=("text", "upscale")),
         Kind("encode", defaults={"prompt": ""}, models=_ALL),
-        Kind("decode", ("latents",), defaults={"prompt": ""}, models=_ALL),
+        Kind("decode", ("latents",), LATENTS, {"prompt": ""}, _ALL),
     )
     return {kind.task: kind for kind in kinds}
 

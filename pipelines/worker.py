@@ -18,6 +18,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from diffray.model.encoding import encode_image
 from diffray.model.errors import GenerationError, InvalidRequest, JobConflict
 from diffray.model.tickets import Result
@@ -33,12 +35,13 @@ from .plan import read_plan, read_shard
 from .rows import PlannedImage
 from .sample import Sample
 from .scores import Examiner, Refused
+from .sources import Ready, Sources
 from .store import Store
 from .tables import PlanShard
 from .tally import ENCODE, ENGINE, STORE, Meter, Tally
 
 MODEL = "_diffray/model.json"
-ENCODERS = 4
+ENCODERS = READERS = 4
 
 
 class WorkerBroken(Exception):
@@ -90,6 +93,13 @@ class Worker:
         self._returned: set[int] = set()
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._turns = _Turns()
+        kind = models.config(task.model)
+        self._scale = kind.vae.scale
+        self._sources = Sources(task.config, kind)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        name = task.config.name_of(task.model)
+        self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
         plan = read_plan(store)
         self._sample = Sample.of(task.config, plan.images if plan else 0)
@@ -97,7 +107,7 @@ class Worker:
         self._output = Output(
             {"jpeg": "jpg"}.get(encoding.format, encoding.format),
             encoding.layout,
-            self._model.name,
+            name or self._model.name,
             self._model.checksum,
             encoding.metadata,
             self._examiner.columns,
@@ -109,6 +119,7 @@ class Worker:
         """Stop the engine and the encoders."""
         self._model.engine.close()
         self._encoders.shutdown()
+        self._readers.shutdown()
 
     async def make(self, number: int) -> Commit | None:
         """Make one shard final; one that already is costs a look. None when `give_back` came first.
@@ -175,7 +186,9 @@ class Worker:
             return []
         record = await asyncio.to_thread(attempts.begin)
         try:
-            return list(await asyncio.gather(*(self._one(attempts.shard, image, timings) for image in images)))
+            return list(
+                await asyncio.gather(*(self._one(attempts.shard, image, timings) for image in images))
+            )
         except WorkerBroken as error:
             await asyncio.to_thread(attempts.blame, record, str(error))
             raise
@@ -203,7 +216,7 @@ class Worker:
 
     async def _one(self, number: int, image: PlannedImage, timings: dict[str, float]) -> Outcome:
         spent: dict[str, float] = {}
-        outcome = await self._outcome(image, spent)
+        outcome = await self._sourced(image, spent)
         for phase, seconds in spent.items():
             timings[phase] += seconds
         if isinstance(outcome, Made):
@@ -212,11 +225,48 @@ class Worker:
             self.tally.rejected(number, outcome.stage)
         return outcome
 
-    async def _outcome(self, image: PlannedImage, spent: dict[str, float]) -> Outcome:
-        assert image.request is not None, "the plan's own rejections never come here"
+    async def _sourced(self, image: PlannedImage, spent: dict[str, float]) -> Outcome:
+        """Read what the image is made from, so much ahead that the engine never waits, and no more."""
+        if not self._sources.needed(image):
+            assert image.request is not None, "the plan's own rejections never come here"
+            return await self._outcome(Ready(image, image.request), spent)
+        loop = asyncio.get_running_loop()
+        async with self._room(loop):
+            began = time.monotonic()
+            try:
+                ready = await loop.run_in_executor(self._readers, self._sources.ready, image)
+            except InvalidRequest as error:
+                return Rejected(image, "source", error.field, error.reason, 1)
+            spent["read"] = time.monotonic() - began
+            return await self._outcome(ready, spent)
+
+    def _room(self, loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
+        """Keeps the pictures in memory few: those in the engine, and as many waiting for it."""
+        if self._gate is None or self._gate[0] is not loop:
+            self._gate = loop, asyncio.Semaphore(2 * self._model.engine.batch_size + READERS)
+        return self._gate[1]
+
+    async def _computed(self, ready: Ready) -> Result:
+        """What the engine makes of it: a picture, or latents."""
+        engine, request, task = self._model.engine, ready.request, self._config.task
+        began = time.monotonic()
+        if task == "encode":
+            assert request.init_image is not None, "the task needs one"
+            size = {"width": request.width, "height": request.height}
+            latents = await asyncio.wrap_future(engine.encode(request.init_image, **size))
+            return Result(None, latents, request, {"encode_latents": time.monotonic() - began})
+        if task == "decode":
+            import torch
+
+            picture = await asyncio.wrap_future(engine.decode(torch.from_numpy(ready.latents)))
+            return Result(picture, None, request, {"decode": time.monotonic() - began})
+        return await asyncio.wrap_future(engine.submit(request).future)
+
+    async def _outcome(self, ready: Ready, spent: dict[str, float]) -> Outcome:
+        image = ready.image
         try:
             with self.tally.inside(ENGINE):
-                result = await asyncio.wrap_future(self._model.engine.submit(image.request).future)
+                result = await self._computed(ready)
         except InvalidRequest as error:
             return Rejected(image, "generate", error.field, error.reason, 1)
         except GenerationError as error:
@@ -242,7 +292,8 @@ class Worker:
             Refused: the checks do not let it pass.
         """
         picture, request, model = result.image, result.request, self._model
-        assert picture is not None, "the plan lets only images through"
+        if picture is None:
+            return self._latents(image, result)
         began = time.monotonic()
         scores = self._examiner.examine(picture, request)
         checked = time.monotonic()
@@ -252,19 +303,37 @@ class Worker:
             request,
             format=encoding.format,
             quality=encoding.quality,
-            model=model.name,
+            model=self._output.model,
             model_checksum=model.checksum,
         )
         small = thumbnail(picture) if image.id in self._sample else None
         spent |= {"check": checked - began, "encode": time.monotonic() - checked}
         return Made(image, request, data, hashlib.sha256(data).hexdigest(), scores, small)
 
+    def _latents(self, image: PlannedImage, result: Result) -> Made:
+        """Latents as bytes, with what is needed to read them."""
+        assert result.latents is not None, "the engine gives one or the other"
+        dtype, request = self._config.encoding.latents, result.request
+        array = result.latents.numpy().astype(np.dtype(dtype).newbyteorder("<"))
+        if not np.isfinite(array).all():
+            raise ValueError(f"latents do not fit {dtype}")
+        data = array.tobytes()
+        source = request.init_image
+        small = thumbnail(source) if source is not None and image.id in self._sample else None
+        facts = {
+            "latents": data,
+            "latents_shape": list(array.shape),
+            "latents_dtype": dtype,
+            "latents_scale": self._scale,
+        }
+        return Made(image, request, data, hashlib.sha256(data).hexdigest(), {}, small, facts)
+
     def _check_model(self) -> None:
-        """The first worker of a job records what it loaded; every other must have loaded the same."""
-        mine = self._model.facts()
-        if self._store.put_if_absent(MODEL, (json.dumps(mine, indent=2) + "\n").encode()):
+        """A model's first worker records what it loaded; every other must have loaded the same."""
+        mine, path = self._model.facts(), self._record
+        if self._store.put_if_absent(path, (json.dumps(mine, indent=2) + "\n").encode()):
             return
-        recorded = json.loads(self._store.read(MODEL))
+        recorded = json.loads(self._store.read(path))
         if recorded != mine:
             lines = [
                 f"  model.{k}: {recorded.get(k)} -> {v}" for k, v in mine.items() if recorded.get(k) != v

@@ -166,7 +166,6 @@ def test_rejected_rows_and_data_can_be_fed_back(place: Place) -> None:
         ("a.csv", "", "header"),
         ("a.csv", "prompt,prompt\nx,y\n", "distinct"),
         ("a.csv", "prompt,n,images_per_prompt\nx,1,1\n", "mean the same"),
-
         ("a.csv", "id,prompt\nk,x\nj,y\nk,z\n", "'k' at a.csv:2, a.csv:4"),
         ("a.xlsx", "x", "allowed endings"),
         ("a.parquet", "not parquet", "Parquet"),
