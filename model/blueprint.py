@@ -273,7 +273,7 @@ def _model_config(
         vae=vae,
         text=tuple(part.config for part in parts.values() if isinstance(part.config, TextConfig)),
         noise=noise,
-        defaults=defaults_of(family, noise, unet, vae.factor, evidence, size, options),
+        defaults=defaults_of(family, task, noise, unet, vae.factor, evidence, size, options),
         zero_empty_negative=bool(index.get("force_zeros_for_empty_prompt", facts.zero_empty_negative)),
         aesthetic_score=bool(index.get("requires_aesthetics_score", facts.aesthetic_score)),
         prediction_decided_by=decided_by,

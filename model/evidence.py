@@ -17,8 +17,11 @@ from .errors import CheckpointError, InvalidRequest
 from .families import FAMILIES, VARIANTS, Options
 from .sampler_names import sampler_from_scheduler_config
 
-LCM_EMBEDDED_GUIDANCE = 8.0
-"""Guidance default of networks that take the scale as an embedding (LCM_Dreamshaper's published value)."""
+LCM_EMBEDDED_GUIDANCE = 8.5
+"""Guidance default of networks that take the scale as an embedding (diffusers' pipeline for them)."""
+EDIT_STEPS = 100
+INPAINT_GUIDANCE = 7.5
+"""What diffusers' pipelines of these tasks take, of whichever family."""
 
 
 SD2_V_KEY = "up_blocks.{}.attentions.{}.transformer_blocks.0.norm1.bias"
@@ -111,6 +114,7 @@ def _prediction(
 
 def defaults_of(
     family: Family,
+    task: Task,
     noise: NoiseConfig,
     unet: UNetConfig,
     factor: int,
@@ -129,7 +133,8 @@ def defaults_of(
         width = height = sample_size * factor
     elif match := re.fullmatch(r"(\d{2,4})x(\d{2,4})", evidence.metadata.get("modelspec.resolution", "")):
         width, height = (int(n) // factor * factor for n in match.groups())
-    steps, guidance = facts.steps, facts.guidance
+    steps = EDIT_STEPS if task == "edit" else facts.steps
+    guidance = INPAINT_GUIDANCE if task == "inpaint" else facts.guidance
     scheduler = {"_class_name": facts.scheduler["_class_name"]} | dict(evidence.scheduler or facts.scheduler)
     if variant is not None:
         width, height = (variant.side, variant.side) if variant.side else (width, height)

@@ -53,6 +53,7 @@ SCHEDULE_LABELS = {
     "sgm_uniform": "SGM Uniform",
     "simple": "Simple",
     "ays": "Align Your Steps",
+    "kl_optimal": "KL Optimal",
 }
 """AUTOMATIC1111's label of the nearest schedule: it does not tell apart where diffusers' curves end."""
 

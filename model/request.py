@@ -44,8 +44,11 @@ class ImageRequest:
         sigmas: an explicit descending sigma list that replaces `schedule` and `steps`; a final 0 is implied.
         eta: stochasticity of DDIM (default 0) and ancestral samplers (default 1), 0..1.
         seed: 0..2**63-1; all noise of this image comes from it.
-        init_image, strength: image-to-image; strength in (0, 1].
-        mask: white is repainted; with a 4-channel model the rest is kept by blending.
+        init_image, strength: image-to-image; strength in (0, 1]. None takes what diffusers' pipeline does: 0.8,
+            on SDXL 0.3; with a mask 1, on SDXL 0.9999.
+        mask: where it is at least half white is repainted, the rest is kept: by the network if it was trained
+            to, else by blending. Gray is not a share, as in diffusers; blurring a mask, growing it and
+            working on its surroundings alone are the caller's.
         paste_back: copy the unmasked source pixels over the result.
         image_guidance_scale: guidance on the source image of instruct-pix2pix, 1..100.
         depth: depth map for SD2-depth; noise_level: 0..350 for the x4 upscaler.
@@ -176,7 +179,7 @@ class ImageRequest:
         guidance = defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
         strength = self.strength
         if self.init_image is not None and strength is None:
-            strength = 1.0 if config.task in ("inpaint", "edit", "upscale") else 0.8
+            strength = self._default_strength(config)
         return replace(
             self,
             width=width,
@@ -189,6 +192,15 @@ class ImageRequest:
             original_size=self.original_size or (height, width),
             target_size=self.target_size or (height, width),
         )
+
+    def _default_strength(self, config: ModelConfig) -> float:
+        """That of diffusers' pipeline for the task; just below 1 keeps a trace of the source (SDXL)."""
+        xl = config.family.startswith("sdxl")
+        if config.task in ("edit", "upscale"):
+            return 1.0
+        if self.mask is not None:
+            return 0.9999 if xl else 1.0
+        return 0.3 if xl else 0.8
 
     def _size(self, config: ModelConfig) -> tuple[int, int]:
         """Width and height: of the latents, else as asked, else of the source, else the model's default."""

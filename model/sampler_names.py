@@ -2,6 +2,9 @@
 
 Names of diffusers classes, ComfyUI and AUTOMATIC1111 all resolve, whatever their case and punctuation:
 "DPMSolverMultistepScheduler", "dpmpp_2m_sde_gpu", "DPM++ 2M SDE Karras". No numerics here.
+
+A name means the sampler, not the rounding, of its tool: ComfyUI's `uni_pc` (B(h) = h) is taken for the other
+kind, `uni_pc_bh2`, which is diffusers'; AUTOMATIC1111's Polyexponential of rho 1, its default, is Exponential.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ SAMPLER_NAMES = tuple(_SAMPLER_ALIASES)
 
 _SCHEDULE_ALIASES: dict[str, tuple[str, ...]] = {
     "leading": ("ddim_uniform", "DDIM"),
+    "trailing": ("Turbo",),
+    "exponential": ("Polyexponential",),
     "normal": ("Uniform", "discrete"),
     "ays": ("Align Your Steps", "AYS SDXL"),
 }

@@ -7,6 +7,7 @@ Everything is float64 numpy, and a noise level is the sigma of `noise.py`. A sch
                                    ends of that spacing, plain `karras` those of linspace
     normal, sgm_uniform, simple    k-diffusion's and ComfyUI's evenly spaced timesteps
     ays                            Align Your Steps (Sabour et al. 2024), an optimised table
+    kl_optimal                     equal steps of arctan(sigma) (the same paper, theorem 3.1)
 
 diffusers' scheduler classes read the same name differently. Those differences belong to a family of
 samplers, and each family is one documented `Convention`.
@@ -27,7 +28,7 @@ Rounding = Callable[[Floats], Floats]
 
 SPACINGS = ("leading", "linspace", "trailing")
 CURVES = ("karras", "exponential", "beta")
-GRIDS = ("normal", "sgm_uniform", "simple", "ays")
+GRIDS = ("normal", "sgm_uniform", "simple", "ays", "kl_optimal")
 SCHEDULES = (*SPACINGS, *CURVES, *(f"{s}_{c}" for s in ("leading", "trailing") for c in CURVES), *GRIDS)
 
 STEPS_OFFSET = 1
@@ -241,6 +242,10 @@ def _grid(name: str, steps: int, noise: NoiseSchedule, family: str) -> tuple[Flo
         table = np.log(AYS_SIGMAS["sdxl" if family.startswith("sdxl") else "sd1"])
         where = np.linspace(0, len(table) - 1, steps + 1)[:-1]  # the lowest level gives way to 0
         levels = np.exp(np.interp(where, np.arange(len(table)), table))
+        return levels, noise.timestep(levels)
+    if name == "kl_optimal":
+        angles = np.linspace(np.arctan(noise.sigma_max), np.arctan(noise.sigma_min), steps)
+        levels = np.tan(angles)
         return levels, noise.timestep(levels)
     if name == "normal":
         times = np.linspace(top, 0, steps)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import pickle
-from typing import Any
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given
@@ -237,9 +238,52 @@ def test_sigmas_say_the_steps(config: ModelConfig) -> None:
     assert ImageRequest(sigmas=(3.0, 2.0, 1.0), steps=50).resolved(config).steps == 3
 
 
-def test_strength_defaults_by_task(config: ModelConfig) -> None:
-    image: dict[str, Any] = {"init_image": oracle.source_image()}
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("sd1", ""),
+        ("sd1", "Img2Img"),
+        ("sd1", "Inpaint"),
+        ("sd1-inpaint", "Inpaint"),
+        ("pix2pix", "InstructPix2Pix"),
+        ("depth", "Depth2Img"),
+        ("upscaler", "Upscale"),
+        ("sdxl", ""),
+        ("sdxl", "Img2Img"),
+        ("sdxl", "Inpaint"),
+        ("sdxl-inpaint", "Inpaint"),
+        ("sdxl-edit", "InstructPix2Pix"),
+        ("refiner", "Img2Img"),
+        ("lcm", ""),
+    ],
+)
+def test_what_is_left_open_is_filled_as_diffusers_does(kind: str, task: str) -> None:
+    """By the signature of its pipeline for the task; a mask on SDXL's own network keeps that one's guidance."""
+    xl = "XL" if kind.startswith(("sdxl", "refiner")) else ""
+    name = "LatentConsistencyModelPipeline" if kind == "lcm" else f"StableDiffusion{xl}{task}Pipeline"
+    signature = inspect.signature(getattr(diffusers, name).__call__).parameters
+    given = oracle.inputs(kind)
+    if task in ("Img2Img", "Inpaint"):
+        given = {"init_image": oracle.source_image()}
+    if task == "Inpaint":
+        given["mask"] = oracle.mask_image()
+    found = ImageRequest(**given).resolved(oracle.model(kind).config)
+    wanted = {
+        "steps": "num_inference_steps",
+        "guidance_scale": "guidance_scale",
+        "strength": "strength",
+        "image_guidance_scale": "image_guidance_scale",
+        "noise_level": "noise_level",
+        "guidance_rescale": "guidance_rescale",
+        "aesthetic_score": "aesthetic_score",
+        "negative_aesthetic_score": "negative_aesthetic_score",
+    }
+    if (kind, task) == ("sdxl", "Inpaint"):
+        del wanted["guidance_scale"]
+    for ours, theirs in wanted.items():
+        if theirs in signature:
+            assert getattr(found, ours) == signature[theirs].default, ours
+
+
+def test_nothing_to_keep_needs_no_strength(config: ModelConfig) -> None:
     assert ImageRequest().resolved(config).strength is None
-    assert ImageRequest(**image).resolved(config).strength == 0.8
-    inpaint = ImageRequest(**image, mask=oracle.mask_image())
-    assert inpaint.resolved(oracle.model("sd1-inpaint").config).strength == 1.0

@@ -561,48 +561,153 @@ def test_unknown_names_show_the_closest() -> None:
         resolve_sampler("dpmp_2m")
 
 
+DIFFUSERS_CLASSES = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "DPMSolverSinglestepScheduler": "dpmpp_2s",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "dpm2_ancestral",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "pndm",
+    "TCDScheduler": "tcd",
+    "UniPCMultistepScheduler": "unipc",
+}
+COMFYUI = {
+    "euler": "euler",
+    "euler_ancestral": "euler_ancestral",
+    "heun": "heun",
+    "dpm_2": "dpm2",
+    "dpm_2_ancestral": "dpm2_ancestral",
+    "lms": "lms",
+    "dpmpp_2s_ancestral": "dpmpp_2s_ancestral",
+    "dpmpp_sde": "dpmpp_sde",
+    "dpmpp_sde_gpu": "dpmpp_sde",
+    "dpmpp_2m": "dpmpp_2m",
+    "dpmpp_2m_sde": "dpmpp_2m_sde",
+    "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
+    "dpmpp_3m_sde": "dpmpp_3m_sde",
+    "dpmpp_3m_sde_gpu": "dpmpp_3m_sde",
+    "ddpm": "ddpm",
+    "lcm": "lcm",
+    "deis": "deis",
+    "ddim": "ddim",
+    "uni_pc": "unipc",
+    "uni_pc_bh2": "unipc",
+}
+"""Of `KSAMPLER_NAMES`, those of the samplers that are here."""
+AUTOMATIC1111 = {
+    "DPM++ 2M": "dpmpp_2m",
+    "DPM++ SDE": "dpmpp_sde",
+    "DPM++ 2M SDE": "dpmpp_2m_sde",
+    "DPM++ 2S a": "dpmpp_2s_ancestral",
+    "DPM++ 3M SDE": "dpmpp_3m_sde",
+    "Euler a": "euler_ancestral",
+    "Euler": "euler",
+    "LMS": "lms",
+    "Heun": "heun",
+    "DPM2": "dpm2",
+    "DPM2 a": "dpm2_ancestral",
+    "DDIM": "ddim",
+    "PLMS": "pndm",
+    "UniPC": "unipc",
+    "LCM": "lcm",
+}
+"""Labels since 1.9; before, a schedule was part of the label, in the forms of `AUTOMATIC1111_WITH_SCHEDULE`."""
+AUTOMATIC1111_WITH_SCHEDULE = {
+    "DPM++ 2M Karras": ("dpmpp_2m", "karras"),
+    "DPM++ SDE Karras": ("dpmpp_sde", "karras"),
+    "DPM++ 2M SDE Exponential": ("dpmpp_2m_sde", "exponential"),
+    "DPM++ 2M SDE Karras": ("dpmpp_2m_sde", "karras"),
+    "DPM++ 2S a Karras": ("dpmpp_2s_ancestral", "karras"),
+    "DPM++ 3M SDE Karras": ("dpmpp_3m_sde", "karras"),
+    "DPM++ 3M SDE Exponential": ("dpmpp_3m_sde", "exponential"),
+    "LMS Karras": ("lms", "karras"),
+    "DPM2 Karras": ("dpm2", "karras"),
+    "DPM2 a Karras": ("dpm2_ancestral", "karras"),
+}
+AUTOMATIC1111_ALIASES = {
+    "k_euler": "euler",
+    "k_euler_a": "euler_ancestral",
+    "k_lms": "lms",
+    "k_heun": "heun",
+    "k_dpm_2": "dpm2",
+    "k_dpm_2_a": "dpm2_ancestral",
+    "k_dpmpp_2s_a": "dpmpp_2s_ancestral",
+    "k_dpmpp_2m": "dpmpp_2m",
+    "k_dpmpp_sde": "dpmpp_sde",
+    "k_dpmpp_2m_sde": "dpmpp_2m_sde",
+    "k_dpmpp_3m_sde": "dpmpp_3m_sde",
+}
+STABILITY = {
+    "DDIM": "ddim",
+    "DDPM": "ddpm",
+    "K_DPMPP_2M": "dpmpp_2m",
+    "K_DPMPP_2S_ANCESTRAL": "dpmpp_2s_ancestral",
+    "K_DPM_2": "dpm2",
+    "K_DPM_2_ANCESTRAL": "dpm2_ancestral",
+    "K_EULER": "euler",
+    "K_EULER_ANCESTRAL": "euler_ancestral",
+    "K_HEUN": "heun",
+    "K_LMS": "lms",
+}
+PLAIN = [DIFFUSERS_CLASSES, COMFYUI, AUTOMATIC1111, AUTOMATIC1111_ALIASES, STABILITY]
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [
-        ("EulerDiscreteScheduler", ("euler", None)),
-        ("DPMSolverMultistepScheduler", ("dpmpp_2m", None)),
-        ("KDPM2AncestralDiscreteScheduler", ("dpm2_ancestral", None)),
-        ("Euler a", ("euler_ancestral", None)),
-        ("EULER_ANCESTRAL", ("euler_ancestral", None)),
-        ("k_euler_ancestral", ("euler_ancestral", None)),
-        ("DPM++ 2M Karras", ("dpmpp_2m", "karras")),
-        ("DPM++ 2M SDE Exponential", ("dpmpp_2m_sde", "exponential")),
-        ("DPM++ SDE", ("dpmpp_sde", None)),
-        ("DPM2 a Karras", ("dpm2_ancestral", "karras")),
-        ("DPM++ 2S a Karras", ("dpmpp_2s_ancestral", "karras")),
-        ("dpmpp_2m_sde_gpu", ("dpmpp_2m_sde", None)),
-        ("dpm_2_ancestral", ("dpm2_ancestral", None)),
-        ("uni_pc", ("unipc", None)),
-        ("UniPC", ("unipc", None)),
-        ("LMS", ("lms", None)),
-        ("LMS Karras", ("lms", "karras")),
-        ("PLMS", ("pndm", None)),
-        ("DDIM", ("ddim", None)),
-    ],
+    [(n, (w, None)) for names in PLAIN for n, w in names.items()] + [*AUTOMATIC1111_WITH_SCHEDULE.items()],
 )
 def test_sampler_names_of_other_tools(name: str, wanted: tuple[str, str | None]) -> None:
-    assert resolve_sampler(name) == wanted
+    for written in (name, name.lower(), name.upper()):
+        assert resolve_sampler(written) == wanted
+
+
+def test_every_diffusers_scheduler_for_this_family_is_known() -> None:
+    """Its own list of interchangeable schedulers, but for the one with noise levels of another family."""
+    names = {kind.name for kind in oracle.KarrasDiffusionSchedulers} - {"EDMEulerScheduler"}
+    assert names | {"LCMScheduler", "TCDScheduler"} == set(DIFFUSERS_CLASSES)
 
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("Karras", "karras"),
-        ("SGM Uniform", "sgm_uniform"),
+        ("simple", "simple"),  # ComfyUI's `SCHEDULER_NAMES` but for that of video models
+        ("sgm_uniform", "sgm_uniform"),
+        ("karras", "karras"),
+        ("exponential", "exponential"),
         ("ddim_uniform", "leading"),
-        ("Uniform", "normal"),
-        ("Align Your Steps", "ays"),
         ("beta", "beta"),
+        ("normal", "normal"),
+        ("kl_optimal", "kl_optimal"),
+        ("Uniform", "normal"),  # AUTOMATIC1111's labels
+        ("Karras", "karras"),
+        ("Exponential", "exponential"),
+        ("Polyexponential", "exponential"),
+        ("SGM Uniform", "sgm_uniform"),
+        ("KL Optimal", "kl_optimal"),
+        ("Align Your Steps", "ays"),
+        ("align_your_steps", "ays"),
+        ("Simple", "simple"),
+        ("Normal", "normal"),
+        ("DDIM", "leading"),
+        ("Beta", "beta"),
+        ("Turbo", "trailing"),
+        ("leading", "leading"),  # diffusers' `timestep_spacing`
+        ("linspace", "linspace"),
+        ("trailing", "trailing"),
         ("Leading Karras", "leading_karras"),
     ],
 )
 def test_schedule_names_of_other_tools(name: str, wanted: str) -> None:
     assert resolve_schedule(name) == wanted
+    assert resolve_sampler(f"DPM++ 2M SDE {name}") == ("dpmpp_2m_sde", wanted)
 
 
 def test_automatic_schedule_depends_on_the_sampler() -> None:

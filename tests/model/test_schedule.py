@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -109,6 +110,13 @@ def test_timesteps(name: str, steps: int, convention: Convention, first: list[fl
         ("karras", 20, SIGMA, [14.6146], 0.0292),
         ("leading_karras", 20, MULTISTEP, [14.6146], 0.02917),
         ("trailing", 4, SIGMA, [14.6146, 4.0817, 1.6129, 0.6932], 0.6932),
+        (
+            "kl_optimal",
+            5,
+            SIGMA,
+            [14.6146, math.tan((3 * math.atan(14.6146) + math.atan(0.029168)) / 4)],
+            0.0292,
+        ),
         ("ays", 10, SIGMA, [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399], 0.152),
     ],
 )
