@@ -111,7 +111,7 @@ class Service:
     async def stream(
         self, http: Request | None, client: Client, works: Sequence[Work]
     ) -> AsyncGenerator[tuple[int, Event], None]:
-        """Events as they come, each with the index of its work; the first as soon as all were admitted.
+        """Events as they come, each with the index of its work; the first as soon as an engine has it in its queue.
 
         Closing the generator cancels what is not finished.
         """
@@ -133,8 +133,6 @@ class Service:
             if http is not None:
                 tasks.append(asyncio.create_task(_watch(http, events)))
             try:
-                for index, view in enumerate(views):
-                    yield index, Progress(0, view.steps)
                 left = len(works)
                 while left:
                     item = await events.get()

@@ -21,7 +21,7 @@ from ..refusal import Refusal
 from ..service import Service
 from ..work import Event, Finished, Work
 from .native_bodies import Asked, Catalogue, Generation, Images, JobState, Made, Model
-from .parts import base64_text, begun
+from .parts import base64_text, continued
 
 ROUTES = ("/",)
 FILES: dict[str, Any] = {
@@ -68,8 +68,9 @@ def router(service: Service) -> APIRouter:
         card = await service.model(body.model)
         works = body.works(card.name, pixels, body.preview_every)
         if body.stream:
-            events = await begun(service.stream(http, client, works))
-            sent = _server_sent(events, works, http.state.request_id)
+            events = service.stream(http, client, works)
+            first = await anext(events)  # what is refused is refused with a status
+            sent = _server_sent(continued(first, events), works, http.state.request_id)
             return StreamingResponse(
                 sent, media_type="text/event-stream", headers={"cache-control": "no-store"}
             )

@@ -68,13 +68,14 @@ async def begun(
     """
     async for first in events:
         if not isinstance(first[1], Progress) or first[1].step:
-            return _continued(first, events)
+            return continued(first, events)
     raise GenerationError("the stream ended before its first step")
 
 
-async def _continued(
+async def continued(
     first: tuple[int, Event], events: AsyncGenerator[tuple[int, Event], None]
 ) -> AsyncGenerator[tuple[int, Event], None]:
+    """`events` with the one that was already taken out of it."""
     async with aclosing(events):
         yield first
         async for event in events:

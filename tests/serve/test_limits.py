@@ -1,0 +1,256 @@
+"""Every limit: what is over it is refused at once, in the dialect's words, before an engine works."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Any
+
+import pytest
+
+from diffray.serve.config import InvalidConfig, Limits, ServeConfig
+from diffray.serve.server import Patient
+from diffray.serve.service import Service
+
+from .ask import ask, connect, post
+from .live import Live, live
+from .scripted import Scripted
+
+IMAGES = "/v1/diffray/images"
+
+
+class Hurried(Patient):
+    seconds = 0.5
+
+
+@contextmanager
+def limited(**limits: Any) -> Iterator[Live]:
+    with live(ServeConfig(limits=Limits(**limits), log="off"), Scripted, http=Hurried) as running:
+        yield running
+
+
+def works(running: Live) -> int:
+    """How many works reached the backend."""
+    backend: Any = running.service.backend
+    return len(backend.works)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Live]:
+    with limited(cost=10, images=4, body_bytes=4096, body_seconds=0.7) as running:
+        yield running
+
+
+def test_budget_of_one_request(small: Live) -> None:
+    before = works(small)
+    answer = ask(small.url + IMAGES, {"width": 1024, "height": 1024, "steps": 3, "n": 4})
+    assert (answer.status, answer.code) == (422, "over_budget")
+    assert "12.6 megapixel-steps" in answer.json["error"]["message"]
+    assert "10" in answer.json["error"]["message"]
+    answer = ask(small.url + IMAGES, {"n": 5, "steps": 1})
+    assert (answer.status, answer.code) == (422, "too_many_images")
+    assert works(small) == before
+    assert ask(small.url + IMAGES, {"width": 1024, "height": 1024, "steps": 2, "n": 4}).status == 200
+
+
+def test_body_that_says_it_is_too_large(small: Live) -> None:
+    with closing(connect(small.url)) as wire:
+        wire.sendall(f"POST {IMAGES} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5000\r\n\r\n".encode())
+        assert wire.recv(4096).startswith(b"HTTP/1.1 413 ")  # before a byte of the body was sent
+
+
+def test_body_that_does_not_say_how_large_it_is(small: Live) -> None:
+    with closing(connect(small.url)) as wire:
+        head = f"POST {IMAGES} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        wire.sendall(head.encode() + b"".join(b"400\r\n" + b"x" * 1024 + b"\r\n" for _ in range(5)))
+        assert wire.recv(4096).startswith(b"HTTP/1.1 413 ")  # while it is still open
+
+
+def test_body_that_never_ends(small: Live) -> None:
+    with closing(connect(small.url)) as wire:
+        wire.sendall(f"POST {IMAGES} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n".encode())
+        begun = time.monotonic()
+        for _ in range(3):
+            wire.sendall(b" ")
+            time.sleep(0.1)
+        answer = wire.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"body_timeout" in answer
+        assert time.monotonic() - begun < 5
+
+
+def test_headers_that_never_end(small: Live) -> None:
+    with closing(connect(small.url)) as wire:
+        wire.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n")
+        for _ in range(4):
+            wire.sendall(b"x-slow: 1\r\n")
+            time.sleep(0.1)
+        assert wire.recv(4096).startswith(b"HTTP/1.1 408 ")
+        assert wire.recv(4096) == b""
+    with closing(connect(small.url)) as wire:  # a second request on the same connection, as slow
+        wire.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += wire.recv(4096)
+        assert b"200 OK" in answer
+        wire.sendall(b"GET /heal")
+        assert wire.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"[" * 3000, 400),
+        (b'{"prompt": NaN}', 400),
+        (b'{"guidance_scale": 1e999}', 422),
+        (b'{"prompt": "a", "prompt": "b"}', 400),
+        (b'{"seed": ' + b"9" * 3000 + b"}", 400),
+        (b'{"seed": 9223372036854775808}', 422),
+        (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": "\xff"}', 400),
+        (b"", 422),
+        (b"[]", 422),
+        (b'{"step": 5}', 422),
+        (b'{"steps": "5"}', 422),
+        (b'{"steps": true}', 422),
+        (b'{"paste_back": 1}', 422),
+        (b'{"crop": [1]}', 422),
+        (b'{"output": "latents"}', 422),
+        (b'{"init_image": "http://127.0.0.1/x.png"}', 422),
+        (b'{"init_image": "file:///etc/passwd"}', 422),
+        (b'{"init_image": "data:image/png;base64,AAAA"}', 422),
+        (b'{"init_image": "data:image/svg+xml;base64,PHN2Zz48L3N2Zz4="}', 422),
+        (b'{"init_image": "!!"}', 422),
+        (b'{"model": "../../etc"}', 404),
+    ],
+)
+def test_bodies_that_are_no_request(small: Live, body: bytes, status: int) -> None:
+    begun, before = time.monotonic(), works(small)
+    answer = ask(small.url + IMAGES, body)
+    assert answer.status == status, answer.data
+    assert set(answer.json["error"]) >= {"code", "message", "request_id"}
+    assert works(small) == before
+    assert time.monotonic() - begun < 2
+    assert not re.search(r"Traceback|\.py|site-packages|/root|/home", answer.data.decode())
+
+
+def test_a_form_is_not_json(small: Live) -> None:
+    answer = ask(small.url + IMAGES, b"a=b", content_type="application/x-www-form-urlencoded")
+    assert answer.status == 422
+
+
+def test_full_queue_is_refused_at_once_with_a_time_to_come_back() -> None:
+    with limited(queue_images=3) as running:
+        waiting = [post(running.url + IMAGES, {"prompt": "wait"}) for _ in range(3)]
+        wait_for(lambda: running.service.admission.images == 3)
+        begun = time.monotonic()
+        answer = ask(running.url + IMAGES, {"prompt": "one too many"})
+        assert (answer.status, answer.code) == (503, "queue_full")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert time.monotonic() - begun < 1
+        for wire in waiting:
+            wire.close()
+        wait_for(lambda: running.service.admission.images == 0)
+        assert ask(running.url + IMAGES, {"prompt": "now"}).status == 200
+
+
+def test_queue_is_bounded_by_cost_too() -> None:
+    with limited(queue_cost=12) as running:
+        wire = post(running.url + IMAGES, {"prompt": "wait", "width": 1024, "height": 1024, "steps": 10})
+        wait_for(lambda: running.service.admission.images == 1)
+        assert ask(running.url + IMAGES, {"width": 1024, "height": 1024, "steps": 2}).code == "queue_full"
+        assert ask(running.url + IMAGES, {"width": 512, "height": 512, "steps": 2}).status == 200
+        wire.close()
+
+
+def test_rates_count_requests_and_cost() -> None:
+    with limited(requests_per_key="3/hour") as running:
+        codes = [ask(running.url + IMAGES, {"steps": 1}) for _ in range(4)]
+        assert [answer.status for answer in codes] == [200, 200, 200, 429]
+        assert codes[3].code == "rate_limited"
+        assert 1 <= int(codes[3].headers["retry-after"]) <= 3600
+        assert ask(running.url + "/v1/diffray/models").status == 200  # looking is free
+    with limited(cost_per_key="25/hour") as running:
+        body = {"width": 1024, "height": 1024, "steps": 10}
+        assert [ask(running.url + IMAGES, body).status for _ in range(3)] == [200, 200, 429]
+
+
+def test_one_client_at_once() -> None:
+    with limited(images_at_once=2) as running:
+        waiting = [post(running.url + IMAGES, {"prompt": "wait"}) for _ in range(2)]
+        wait_for(lambda: running.service.admission.images == 2)
+        answer = ask(running.url + IMAGES, {"prompt": "third"})
+        assert (answer.status, answer.code) == (429, "too_many_at_once")
+        assert "retry-after" in answer.headers
+        for wire in waiting:
+            wire.close()
+
+
+def test_wrong_rates_are_refused_at_the_start() -> None:
+    with pytest.raises(InvalidConfig, match="requests_per_key"):
+        Service(ServeConfig(limits=Limits(requests_per_key="often")), Scripted())
+
+
+def test_disconnect_cancels_while_it_runs() -> None:
+    with limited() as running:
+        backend: Any = running.service.backend
+        for body in ({"prompt": "wait"}, {"prompt": "wait", "stream": True}):
+            cancelled = backend.cancelled
+            wire = post(running.url + IMAGES, body)
+            wait_for(lambda: running.service.admission.images == 1)
+            wire.close()
+            wait_for(lambda count=cancelled: backend.cancelled == count + 1)  # type: ignore[misc]
+            wait_for(lambda: running.service.admission.images == 0)
+
+
+def test_many_at_once_leave_nothing_behind() -> None:
+    with limited(queue_images=20, images_at_once=20) as running, ThreadPoolExecutor(40) as pool:
+        bodies = [{"prompt": f"p{i}" if i % 5 else "fail", "steps": 2, "seed": i} for i in range(200)]
+        statuses = list(pool.map(lambda body: ask(running.url + IMAGES, body).status, bodies))
+        assert set(statuses) <= {200, 500, 429, 503}
+        assert statuses.count(200) > 20
+        assert running.service.admission.images == 0
+        assert running.service.admission.cost == 0
+        assert not running.service._running
+
+
+def test_client_deadline_header() -> None:
+    with limited() as running:
+        answer = ask(running.url + IMAGES, {"prompt": "x"}, x_timeout_seconds="soon")
+        assert answer.status == 400
+        ask(running.url + IMAGES, {"prompt": "x"}, x_timeout_seconds="7")
+        backend: Any = running.service.backend
+        assert backend.works[-1].seconds == 7.0
+
+
+def test_errors_never_show_what_is_inside(small: Live) -> None:
+    answer = ask(small.url + IMAGES, {"prompt": "fail", "steps": 1})
+    assert answer.status == 500
+    assert "secret" not in answer.data.decode()
+    assert "gpu-17" not in answer.data.decode()
+    assert answer.headers["x-request-id"] == answer.json["error"]["request_id"]
+
+
+def test_logs_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
+    with live(ServeConfig(), Scripted) as running:
+        capsys.readouterr()
+        ask(running.url + "/v1/diffray/nothing%0a%7b%22forged%22:1%7d", x_request_id="bad id\t")
+        ask(running.url + IMAGES, {"prompt": "a secret\nprompt", "steps": 1}, x_request_id="mine-1")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2
+    assert re.fullmatch("[0-9a-f]{32}", lines[0]["request_id"])
+    assert lines[1]["request_id"] == "mine-1"
+    assert lines[1]["images"] == 1
+    assert "secret" not in json.dumps(lines)
