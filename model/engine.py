@@ -254,6 +254,11 @@ class Engine:
         return self._queue.unsettled - self._queue.waiting
 
     @property
+    def ticks(self) -> int:
+        """Steps begun so far, of any image; stands still when the engine has nothing to do, or hangs."""
+        return self._ticks
+
+    @property
     def failure(self) -> BaseException | None:
         """What stopped the engine for good: then no image's error is its own."""
         return self._queue.failure

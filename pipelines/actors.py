@@ -48,6 +48,7 @@ class ShardActor:
 
                 torch.set_num_threads(threads)
             self._worker = Worker(task, store, models, ImageMeter(shown_name(task.model.source)))
+            self._worker.watchdog.last_resort = True
         except Exception as error:
             self._failure = _reportable(error)
         self._imports = imported - ARRIVED

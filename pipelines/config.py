@@ -141,7 +141,7 @@ class Workers(Strict):
     """Shards that one actor works on at once, so that its engine never runs dry between two."""
     crashes: int = Field(default=3, ge=1, le=20)
     """A row that was alone in its worker at this many worker deaths is rejected."""
-    patience: float = Field(default=900.0, gt=0)
+    patience: float = Field(default=600.0, gt=0)
     """Seconds without any finished step or image after which a worker counts as hanging and is replaced."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of what one engine runs on (accelerator, machine), in any currency: the report then says what images cost."""

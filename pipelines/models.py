@@ -35,6 +35,11 @@ class OpenModel:
         }
 
     @property
+    def ticks(self) -> int:
+        """Steps that the engine has begun so far."""
+        return self.engine.ticks
+
+    @property
     def broken(self) -> BaseException | None:
         """What stopped the engine for good, if something did: then no image's error is its own."""
         return self.engine.failure

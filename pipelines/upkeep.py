@@ -20,7 +20,7 @@ from diffray.model.errors import JobConflict, JobError
 from .actors import generate_on_ray
 from .attempts import Attempts
 from .commit import Commit, commit_path, committed, current_path, read_commit
-from .config import JobConfig
+from .config import JobConfig, storage_options
 from .fingerprint import check, fingerprint, recorded_config
 from .job import Generate, JobResult, complete, result
 from .lock import Lock
@@ -148,11 +148,11 @@ def retry_rejected(
         JobConflict: model or software differ from the job's.
     """
     started = time.monotonic()
-    values = {"output": output, "workers": dict(workers or {}), "storage": dict(storage or {})}
-    options = JobConfig(input="", output=output, storage=values["storage"]).storage_options(output)
-    store, progress = store or Store(output, options), progress or Silent()
+    values = {"input": "", "output": output, "workers": dict(workers or {}), "storage": dict(storage or {})}
+    store = store or Store(output, storage_options(storage or {}, output))
+    progress = progress or Silent()
     plan = planned_job(store)
-    config = JobConfig.checked({**recorded_config(store), "input": "", **values})
+    config = JobConfig.checked({**recorded_config(store), **values})
     models = models or Models(config.storage)
     kinds = {name: models.config(model) for name, model in config.every_model.items()}
     check(store, fingerprint(config, kinds, {n: models.checksum(m) for n, m in config.every_model.items()}))

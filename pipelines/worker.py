@@ -12,11 +12,11 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from .sources import Ready, Sources
 from .store import Store
 from .tables import PlanShard
 from .tally import ENCODE, ENGINE, STORE, Meter, Tally
+from .watchdog import Hanging, Watchdog
+
+T = TypeVar("T")
 
 MODEL = "_diffray/model.json"
 ENCODERS = READERS = 4
@@ -76,6 +79,7 @@ class Worker:
     Attributes:
         start: seconds that fetching and loading the model took.
         tally: what was done so far.
+        watchdog: notices when the engine hangs.
 
     Raises:
         JobConflict: the model is not the one that the job's other workers have.
@@ -89,6 +93,8 @@ class Worker:
         self._model = models.open(task.model)
         self.start = {"fetch": fetched - began, "load": time.monotonic() - fetched}
         self.tally = Tally(self._model.engine.batch_size, meter)
+        self.watchdog = Watchdog(task.config.workers.patience, lambda: (self._model.ticks, self._ended))
+        self._ended = 0
         self._making: dict[int, asyncio.Future[Any]] = {}
         self._returned: set[int] = set()
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
@@ -186,9 +192,8 @@ class Worker:
             return []
         record = await asyncio.to_thread(attempts.begin)
         try:
-            return list(
-                await asyncio.gather(*(self._one(attempts.shard, image, timings) for image in images))
-            )
+            ended = (self._one(attempts.shard, image, timings) for image in images)
+            return list(await self._watched(asyncio.gather(*ended)))
         except WorkerBroken as error:
             await asyncio.to_thread(attempts.blame, record, str(error))
             raise
@@ -204,7 +209,7 @@ class Worker:
         for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
             record = await asyncio.to_thread(attempts.begin_row, image.id)
             try:
-                outcomes.append(await self._one(attempts.shard, image, timings))
+                outcomes.append(await self._watched(self._one(attempts.shard, image, timings)))
             except WorkerBroken as error:
                 await asyncio.to_thread(attempts.blame, record, str(error))
                 raise
@@ -214,9 +219,16 @@ class Worker:
             await asyncio.to_thread(attempts.end_row, record)
         return outcomes
 
+    async def _watched(self, work: Awaitable[T]) -> T:
+        try:
+            return await self.watchdog.watch(work)
+        except Hanging as error:
+            raise WorkerBroken(str(error)) from None
+
     async def _one(self, number: int, image: PlannedImage, timings: dict[str, float]) -> Outcome:
         spent: dict[str, float] = {}
         outcome = await self._sourced(image, spent)
+        self._ended += 1
         for phase, seconds in spent.items():
             timings[phase] += seconds
         if isinstance(outcome, Made):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,55 +12,16 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import AccountingError, JobConflict, JobError
-from diffray.pipelines import JobConfig, Store, job_status
+from diffray.pipelines import JobConfig, Store
 from diffray.pipelines.commit import Rejected, write_commit
 from diffray.pipelines.models import Models
 from diffray.pipelines.plan import read_shard
 from diffray.pipelines.worker import Share
 
 from .conftest import Place, in_process, restarting
+from .crashes import Crash
 
 TABLE = "prompt,n,width,label\n" + "p,2,,a\n" + "POISON,1,,b\n" + "bad,1,x,c\n" + "q,3,,d\n"
-
-
-class Crash(BaseException):
-    """The process dies here."""
-
-
-class CrashingStore(Store):
-    """Dies at the n-th call, before or after it took effect."""
-
-    def __init__(self, url: str, at: int, after: bool) -> None:
-        super().__init__(url)
-        self.at, self.after, self.calls = at, after, 0
-        self._counting = threading.Lock()
-
-    def next_call(self) -> int:
-        """The number of this call; records are read by several threads at once. The dead call nothing."""
-        with self._counting:
-            self.calls += 1
-            if 0 < self.at < self.calls:
-                raise Crash
-            return self.calls
-
-
-def _crashing(name: str) -> None:
-    original = getattr(Store, name)
-
-    def call(self: CrashingStore, *arguments: object) -> object:
-        number = self.next_call()
-        if number == self.at and not self.after:
-            raise Crash
-        result = original(self, *arguments)
-        if number == self.at:
-            raise Crash
-        return result
-
-    setattr(CrashingStore, name, call)
-
-
-for _name in ("read", "exists", "list", "write", "put_if_absent", "remove"):
-    _crashing(_name)
 
 
 def _one_then_crash(
@@ -72,15 +32,6 @@ def _one_then_crash(
     raise Crash
 
 
-def in_turn(
-    config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
-) -> Iterator[tuple[int, int]]:
-    """One shard after the other, so that the n-th store call is always the same one."""
-    for share in shares:
-        for shard in share.shards:
-            yield from in_process(config, number, store, models, [Share(share.model, [shard])])
-
-
 def test_a_finished_job_has_nothing_to_do(place: Place) -> None:
     table = place.write(TABLE)
     first = place.job(table)
@@ -89,35 +40,6 @@ def test_a_finished_job_has_nothing_to_do(place: Place) -> None:
     second = place.job(table)
     assert (second.images, second.rejected, second.made) == (5, 2, 0)
     assert (place.bytes(), place.begun()) == (before, begun)
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_crash_at_every_storage_call_then_resume(place: Place, after: bool) -> None:
-    table = place.write("prompt,width\np,\nPOISON,\nbad,x\nq,\n")
-    config = place.config(table, "clean", shards={"images": 2}, contact_sheet=1)
-    counting = CrashingStore(config.output, -1, after)
-    place.run(config, store=counting, generate=in_turn)
-    clean = place.bytes("clean")
-    assert counting.calls > 40
-    for at in range(1, counting.calls + 1):
-        out = place.path / f"crashed{at}"
-        config = place.config(table, out.name, shards={"images": 2}, contact_sheet=1)
-        with pytest.raises(Crash):
-            place.run(config, store=CrashingStore(config.output, at, after), generate=in_turn)
-        done = {path.name for path in (out / "_diffray/commits").glob("*")}
-        made = Counter(place.begun())
-        # The same process is still alive, so its own lock has to be taken over.
-        place.run(config, generate=in_turn, take_over=True)
-        assert place.bytes(out.name) == clean, f"crash at call {at}"
-        again = Counter(place.begun()) - made
-        committed = {
-            image.request.seed
-            for name in done
-            for image in read_shard(Store(config.output), int(name[:5])).images
-            if image.request
-        }
-        assert not committed & again.keys(), f"crash at call {at}: a committed shard was made again"
-        shutil.rmtree(out)
 
 
 def test_bytes_do_not_depend_on_the_output_or_on_workers(place: Place) -> None:
@@ -197,26 +119,6 @@ def test_a_shuffled_input_is_the_same_input(place: Place) -> None:
     begun = place.begun()
     assert place.job(place.write("id,prompt\nb,y\na,x\n")).made == 0
     assert place.begun() == begun
-
-
-def test_crash_at_every_storage_call_of_a_growing_job(place: Place) -> None:
-    small, large = "prompt\np\nq\n", "prompt\np\nq\nr\ns\nt\n"
-
-    def job(name: str, table: str, store: Store | None = None, **more: bool) -> None:
-        config = place.config(place.write(table, f"{name}.csv"), name, shards={"images": 2}, contact_sheet=1)
-        place.run(config, store=store, generate=in_turn, **more)
-
-    job("clean", small)
-    counting = CrashingStore(str(place.path / "clean"), -1, False)
-    job("clean", large, counting)
-    for at in range(1, counting.calls + 1):
-        name = f"crashed{at}"
-        job(name, small)
-        with pytest.raises(Crash):
-            job(name, large, CrashingStore(str(place.path / name), at, at % 2 == 0))
-        job(name, large, take_over=True)
-        assert place.bytes(name) == place.bytes("clean"), f"crash at call {at}"
-        shutil.rmtree(place.path / name)
 
 
 def test_workers_may_change_between_resumptions(place: Place) -> None:
@@ -309,12 +211,3 @@ def test_a_damaged_record_is_never_taken_for_absent(place: Place) -> None:
         with pytest.raises(JobConflict, match="damaged"):
             place.job(table)
         path.write_text(whole)
-
-
-def test_verify_names_damaged_files(place: Place) -> None:
-    place.job(place.write(TABLE))
-    out = place.path / "out"
-    assert job_status(str(out), verify=True).damaged == ()
-    (out / "data/part-00000.parquet").write_bytes(b"short")
-    (out / "rejected/part-00000.parquet").unlink()
-    assert len(job_status(str(out), verify=True).damaged) == 2

@@ -17,7 +17,7 @@ from diffray.pipelines import Store, collect, job_status, repair, retry_rejected
 
 from . import fake
 from .conftest import Place, in_process, restarting
-from .test_job import Crash, CrashingStore, in_turn
+from .crashes import Crash, CrashingStore, in_turn
 
 TABLE = "prompt,n,width,label\n" + "p,2,,a\n" + "POISON,1,,b\n" + "bad,1,x,c\n" + "q,3,,d\n"
 LAYOUTS = ["parquet", "files", "webdataset"]
@@ -200,23 +200,6 @@ def test_a_damaged_shard_whose_rejected_rows_ran_again_is_repaired_without_doubl
         resume(place)
         assert place.bytes() == clean
         assert verify(store).faults == ()
-
-
-@pytest.mark.slow
-def test_crash_at_every_storage_call_of_a_retry(place: Place) -> None:
-    made(place, "clean")
-    counting = CrashingStore(str(place.path / "clean"), -1, False)
-    again(place, "clean", store=counting, generate=in_turn)
-    for at in range(1, counting.calls + 1):
-        name = f"crashed{at}"
-        store = made(place, name)
-        crashing = CrashingStore(store.url, at, at % 2 == 0)
-        with pytest.raises(Crash):
-            again(place, name, store=crashing, generate=in_turn)
-        again(place, name, take_over=True)
-        found = verify(store)
-        assert (found.images, found.rejected, found.faults) == (5, 2, ()), f"crash at call {at}"
-        shutil.rmtree(place.path / name)
 
 
 def test_a_worker_that_broke_on_a_row_gets_another_chance(place: Place) -> None:
