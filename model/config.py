@@ -124,6 +124,8 @@ class Defaults:
     guidance_scale: float
     sampler: str
     schedule: str
+    schedule_for_all: bool
+    """Other samplers take `schedule` too, because it is stated; else each that of its diffusers class."""
 
 
 Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "x4-upscaler"]

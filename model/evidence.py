@@ -15,7 +15,7 @@ from .config import Defaults, Family, NoiseConfig, PredictionType, Task, UNetCon
 from .detect import Json
 from .errors import CheckpointError, InvalidRequest
 from .families import FAMILIES, VARIANTS, Options
-from .sampler_names import sampler_from_scheduler_config
+from .sampler_names import sampler_from_scheduler_config, states_schedule
 
 LCM_EMBEDDED_GUIDANCE = 8.5
 """Guidance default of networks that take the scale as an embedding (diffusers' pipeline for them)."""
@@ -150,6 +150,7 @@ def defaults_of(
         guidance_scale=guidance if options.guidance_scale is None else options.guidance_scale,
         sampler=options.sampler or sampler,
         schedule=options.schedule or schedule,
+        schedule_for_all=options.schedule is not None or states_schedule(scheduler),
     )
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from .errors import InvalidRequest
+from .samplers import SAMPLERS, resolve
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
+    from .config import Defaults, ModelConfig
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
@@ -40,7 +41,8 @@ class ImageRequest:
         guidance_scale: 0..100; classifier-free guidance is off at 1 and below.
         guidance_rescale: 0..1, Lin et al. 2023, section 3.4.
         guidance_start, guidance_stop: the share of the steps between which guidance is on, 0..1.
-        sampler, schedule: names or aliases that `samplers.resolve` knows; None takes the model's.
+        sampler, schedule: names that diffusers, ComfyUI or AUTOMATIC1111 know, "DPM++ 2M Karras" too. None takes
+            the model's; without a schedule another sampler takes the one that its diffusers class would.
         sigmas: an explicit descending sigma list that replaces `schedule` and `steps`; a final 0 is implied.
         eta: stochasticity of DDIM (default 0) and ancestral samplers (default 1), 0..1.
         seed: 0..2**63-1; all noise of this image comes from it.
@@ -52,7 +54,7 @@ class ImageRequest:
         paste_back: copy the unmasked source pixels over the result.
         image_guidance_scale: guidance on the source image of instruct-pix2pix, 1..100.
         depth: depth map for SD2-depth; noise_level: 0..350 for the x4 upscaler.
-        clip_skip: 0..11 text layers skipped from the family's own choice.
+        clip_skip: 0..11 text layers skipped from the family's own choice, in both prompts.
         original_size, crop, target_size: SDXL micro-conditioning as (height, width) or (top, left).
         aesthetic_score, negative_aesthetic_score: SDXL refiner conditioning.
         denoising_start, denoising_end: share of the schedule at which this model takes over or hands over
@@ -177,6 +179,7 @@ class ImageRequest:
                 allowed = f"a multiple of {config.vae.factor} up to {MAX_SIDE}"
                 raise InvalidRequest(name, f"got {value}, allowed is {allowed}")
         guidance = defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        sampler, schedule = self._solver(defaults)
         strength = self.strength
         if self.init_image is not None and strength is None:
             strength = self._default_strength(config)
@@ -186,12 +189,19 @@ class ImageRequest:
             height=height,
             steps=len(self.sigmas) if self.sigmas is not None else (self.steps or defaults.steps),
             guidance_scale=float(guidance),
-            sampler=self.sampler or defaults.sampler,
-            schedule=self.schedule or defaults.schedule,
+            sampler=sampler,
+            schedule=schedule,
             strength=strength,
             original_size=self.original_size or (height, width),
             target_size=self.target_size or (height, width),
         )
+
+    def _solver(self, defaults: Defaults) -> tuple[str, str]:
+        """Canonical sampler and schedule; one that is open is the model's, or that of the sampler's class."""
+        sampler, schedule = resolve(self.sampler or defaults.sampler, self.schedule)
+        if schedule is None and (defaults.schedule_for_all or sampler == resolve(defaults.sampler, None)[0]):
+            schedule = resolve(sampler, defaults.schedule)[1]
+        return sampler, schedule or SAMPLERS[sampler].convention.spacing
 
     def _default_strength(self, config: ModelConfig) -> float:
         """That of diffusers' pipeline for the task; just below 1 keeps a trace of the source (SDXL)."""

@@ -146,7 +146,16 @@ def sampler_from_scheduler_config(config: Mapping[str, Any]) -> tuple[str, str]:
             )
         sampler = _VARIANTS[sampler][kind, order]
     spacing = config.get("timestep_spacing") or ("leading" if sampler in _LEADING_BY_DEFAULT else "linspace")
-    curve = next((c for c in CURVES if config.get(f"use_{c}_sigmas")), None)
+    curve = _curve(config)
     if curve is None:
         return sampler, resolve_schedule(spacing)
     return sampler, resolve_schedule(curve if spacing == "linspace" else f"{spacing}_{curve}")
+
+
+def states_schedule(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler config names a schedule, so that diffusers' `from_config` keeps it in another class."""
+    return bool(config.get("timestep_spacing")) or _curve(config) is not None
+
+
+def _curve(config: Mapping[str, Any]) -> str | None:
+    return next((c for c in CURVES if config.get(f"use_{c}_sigmas")), None)

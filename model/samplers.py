@@ -168,9 +168,8 @@ def build_table(
     Raises:
         InvalidRequest: an unknown name, an impossible number of steps, or nothing left to run.
     """
-    name, implied = resolve_sampler(sampler)
+    name, wanted = resolve(sampler, schedule)
     kind = SAMPLERS[name]
-    wanted = implied or (resolve_schedule(schedule, name) if schedule is not None else None)
     noise = noise if isinstance(noise, NoiseSchedule) else NoiseSchedule(noise)
     plan = plan_schedule(wanted, steps, noise, kind.convention, sigmas=sigmas, family=family)
     count = steps if sigmas is None else len(sigmas)
@@ -194,6 +193,16 @@ def build_table(
         init_scale=float(np.sqrt(1.0 + first**2)) if unit else first,
         final_sigma=float(plan.sigmas[end]),
     )
+
+
+def resolve(sampler: str, schedule: str | None) -> tuple[str, str | None]:
+    """The canonical names of both; a schedule in the sampler's name wins, None stays None.
+
+    Raises:
+        InvalidRequest: an unknown name.
+    """
+    name, implied = resolve_sampler(sampler)
+    return name, implied or (resolve_schedule(schedule, name) if schedule is not None else None)
 
 
 def _eta(kind: Sampler, eta: float | None) -> float:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers import schedulers
 
+from diffray.model import ImageRequest, InvalidRequest
 from diffray.model.blueprint import Blueprint, recognise
 from diffray.model.checkpoint import open_checkpoint
 from diffray.model.config import UNetConfig
 from diffray.model.detect import detect_unet, detect_vae
 from diffray.model.errors import CheckpointError
-from diffray.model.families import Options
+from diffray.model.families import FAMILIES, Options
 from diffray.model.keys import folder_shapes, renamed, unet_modules
 from diffray.model.unet import UNet
+from tests.model.oracle import TWINS
 
 from .checkpoints import Layout, layout, unet_config, vae_config, write_sparse
 
@@ -329,6 +333,41 @@ def test_plain_fp8_is_recognised(tmp_path: Path) -> None:
 def test_variants(variant: str, wanted: tuple[Any, ...], tmp_path: Path) -> None:
     d = recognised(tmp_path, layout("sdxl_base.single"), variant=variant).config.defaults
     assert (d.width, d.steps, d.guidance_scale, d.sampler, d.schedule) == wanted
+
+
+@pytest.mark.parametrize("name", ["sd15.single", "sd21_base.single", "sdxl_base.single"])
+def test_another_sampler_gets_the_schedule_that_from_config_gives(name: str, tmp_path: Path) -> None:
+    """diffusers forgets the defaults of the class it comes from, and keeps what the config states."""
+    config = recognised(tmp_path, layout(name)).config
+    stated = dict(FAMILIES[config.family].scheduler)
+    own = getattr(schedulers, stated.pop("_class_name"))
+    before = own(**{k: v for k, v in stated.items() if k in signature(own).parameters})
+    for sampler, (twin, _) in TWINS.items():
+        other = getattr(schedulers, twin).from_config(before.config)
+        request = ImageRequest(sampler=sampler).resolved(config)
+        assert (request.sampler, request.schedule) == (
+            sampler,
+            other.config.get("timestep_spacing", "linspace"),
+        )
+    default = ImageRequest().resolved(config)
+    assert (default.sampler, default.schedule) == (config.defaults.sampler, config.defaults.schedule)
+
+
+def test_names_are_resolved(tmp_path: Path) -> None:
+    config = recognised(tmp_path, layout("sd15.single")).config
+
+    def resolved(**fields: Any) -> tuple[str | None, str | None]:
+        request = ImageRequest(**fields).resolved(config)
+        return request.sampler, request.schedule
+
+    assert resolved(sampler="DPM++ 2M SDE Karras") == ("dpmpp_2m_sde", "karras")
+    assert resolved(sampler="DPM++ 2M Karras", schedule="simple") == ("dpmpp_2m", "karras")
+    assert resolved(sampler="Euler a", schedule="SGM Uniform") == ("euler_ancestral", "sgm_uniform")
+    assert resolved(sampler="DPM++ 2M", schedule="Automatic") == ("dpmpp_2m", "karras")
+    for field in ("sampler", "schedule"):
+        with pytest.raises(InvalidRequest) as caught:
+            resolved(**{field: "nonsense"})
+        assert caught.value.field == field
 
 
 def test_options_win_over_everything(tmp_path: Path) -> None:
