@@ -28,7 +28,7 @@ async def read_form(
 ) -> tuple[Body, dict[str, list[bytes]]]:
     """The text fields as a `model`, and the uploaded files by the name of their field.
 
-    A field may be named `name` or `name[]`. Empty fields count as left out.
+    Files may be named `name` or `name[]`, the values of a list `name[]`. Empty fields count as left out.
 
     Raises:
         Refusal: 415, the body is no form.
@@ -39,6 +39,7 @@ async def read_form(
     if kind not in TYPES:
         raise Refusal(415, "unsupported_media_type", f"the body must be {TYPES[0]}, got {kind or 'no type'}")
     texts: dict[str, str] = {}
+    lists: dict[str, list[str]] = {}
     found: dict[str, list[bytes]] = {}
     async with http.form(max_files=FILES, max_fields=FIELDS) as form:
         for key, value in form.multi_items():
@@ -51,11 +52,13 @@ async def read_form(
                 found.setdefault(name, []).append(await value.read())
             elif name in files:
                 raise InvalidRequest(name, "got text, allowed is an uploaded file")
+            elif key != name:
+                lists.setdefault(name, []).append(value)
             elif name in texts:
                 raise InvalidRequest(name, "got it twice, allowed is once")
             else:
                 texts[name] = value
-    return _validated(model, _nested(texts)), found
+    return _validated(model, _nested(texts) | lists), found
 
 
 def one_file(files: Mapping[str, list[bytes]], name: str) -> bytes:
@@ -75,15 +78,33 @@ def form_schema(model: type[BaseModel], **files: str) -> dict[str, Any]:
 
     A description that ends in "*" is that of a required file.
     """
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    required = [*schema.get("required", ()), *(name for name, text in files.items() if text.endswith("*"))]
-    pictures = {
+    schema = model.model_json_schema()
+    required = [name for name, text in files.items() if text.endswith("*")]
+    properties: dict[str, Any] = {
         name: {"type": "string", "format": "binary", "description": text.removesuffix("*").strip()}
         for name, text in files.items()
     }
-    properties = {**pictures, **schema["properties"]}
-    body = {**schema, "properties": properties, "required": required}
+    for name, value in schema["properties"].items():
+        reference = value.get("items", {}).get("$ref", "").rpartition("/")[2]
+        entry = schema["$defs"][reference] if reference else {"properties": {"": value}}
+        needed = entry.get("required", []) if reference else [""]
+        for key, part in entry["properties"].items():
+            field = f"{name}[0][{key}]" if reference else name
+            properties[field] = _given(part)
+            if name in schema.get("required", []) and key in needed:
+                required.append(field)
+    body = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    body |= {"examples": schema["examples"]} if "examples" in schema else {}
     return {"requestBody": {"required": True, "content": {TYPES[0]: {"schema": body}}}}
+
+
+def _given(schema: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema without null, which a form cannot send."""
+    kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
+    rest = {key: value for key, value in schema.items() if key not in ("anyOf", "default", "title")}
+    if "anyOf" not in schema:
+        return rest | ({"default": schema["default"]} if schema.get("default") is not None else {})
+    return rest | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
 
 
 def _nested(texts: dict[str, str]) -> dict[str, Any]:

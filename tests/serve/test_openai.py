@@ -170,6 +170,13 @@ def test_an_edit_of_a_list_of_one_image(api: openai.OpenAI) -> None:
     assert single.data[0].b64_json != single.data[1].b64_json
 
 
+def test_a_seed_for_each_image_of_an_edit(api: openai.OpenAI) -> None:
+    """The SDK sends a list in a form as several fields `seed[]`."""
+    body = {"seed": [5, 9], "num_inference_steps": 2}
+    answer = api.images.edit(image=png(scene()), prompt="a star", n=2, extra_body=body)
+    assert [(data.model_extra or {})["seed"] for data in answer.data or []] == [5, 9]
+
+
 def test_a_variation_is_image_to_image(api: openai.OpenAI) -> None:
     answer = api.images.create_variation(
         image=png(scene()), n=1, extra_body={"strength": 0.5, "seed": 5, "num_inference_steps": 4}
