@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from diffray.model.checks import PromptFilter
+from diffray.model.request import ImageRequest
 
 from .strict import Strict
 
@@ -82,7 +83,7 @@ class Checks(Strict):
     """Levels that each channel of a blank picture may still span."""
     measures: bool = False
     """Columns `blank`, `brightness`, `contrast`, `sharpness` and `phash`."""
-    near_duplicates: int | None = Field(default=None, ge=0, le=16)
+    near_duplicates: int | None = Field(default=None, ge=0, le=10)
     """Column `phash`, and a table `duplicates.parquet` of the images that differ by at most this many of its 64 bits
     from an earlier one. 4 finds re-encoded and slightly changed pictures, above 10 unlike ones appear."""
     clip: str | None = None
@@ -99,7 +100,8 @@ class Checks(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         own = [name for scorer in self.scorers for name in scorer.columns]
-        double = sorted({n for n in own if own.count(n) > 1 or n in {*MEASURES, *NETWORKS, *RESERVED}})
+        taken = {*MEASURES, *NETWORKS, *RESERVED, *ImageRequest.__dataclass_fields__}
+        double = sorted({n for n in own if own.count(n) > 1 or n in taken})
         if double:
             raise ValueError(f"scorers: columns {', '.join(double)} are there already")
         numbers = {n for s in self.scorers for n, kind in s.columns.items() if kind in ("float", "int")}

@@ -12,6 +12,7 @@ from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
 from .config import JobConfig
+from .scores import facts as facts_of
 from .store import Store
 
 JOB = "_diffray/job.json"
@@ -34,6 +35,8 @@ def fingerprint(
         "model": facts if config.models else facts[""],
         "versions": {name: version(name) for name in VERSIONS},
     }
+    if judges := facts_of(config.checks):
+        values["checks"] = judges
     return dict(json.loads(json.dumps(values)))
 
 

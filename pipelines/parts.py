@@ -174,9 +174,10 @@ def _webdataset(number: int, user: pa.Schema, made: Sequence[Made], output: Outp
 
 
 def _index(made: Sequence[Made], output: Output) -> bytes:
-    rows = []
+    rows, usual = [], {k: v for k, v in ImageRequest().parameters().items() if k not in ("prompt", "seed")}
     for one in made:
-        facts = {k: v for k, v in one.request.parameters().items() if v is not None}
+        given = one.request.parameters().items()
+        facts = {k: v for k, v in given if v is not None and (k not in usual or v != usual[k])}
         own = {name: v for name, v in one.image.user.items() if not _is_large(v)}
         shown = _json(facts | {"model": output.model} | own) if one.thumbnail else None
         rows.append({"id": one.image.id, "thumbnail": one.thumbnail, "shown": shown, **one.scores})

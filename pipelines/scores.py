@@ -30,10 +30,12 @@ from PIL import Image
 from diffray.model.checks import PromptFilter, is_blank, measure
 from diffray.model.request import ImageRequest
 
-from .checks import MEASURES, Checks, Scorer
+from .checks import MEASURES, NETWORKS, Checks, Scorer
 from .strict import InvalidJob
 
 TYPES = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "text": pa.string()}
+BUILT_IN = (*MEASURES, *NETWORKS)
+
 Score = Callable[[Image.Image, ImageRequest], Mapping[str, Any]]
 
 

@@ -35,6 +35,9 @@ if (reasons) for (const row of refused) {
   row.forEach((cell, i) => make("td", cell, line, i === 2 ? "n" : ""));
 }
 
+const narrow = matchMedia("(max-width: 640px)").matches;
+for (const details of document.querySelectorAll("details[open]")) details.open = !narrow;
+
 // Columns: numbers get a range, few values a list, all others a text
 const columns = new Map();
 for (const image of images) for (const [name, value] of Object.entries(image.facts)) {
@@ -108,7 +111,7 @@ function draw() {
     const box = make("div", undefined, cell);
     make("p", facts.prompt ?? "", box);
     const extra = by && !["seed", "width", "height"].includes(by) ? ` · ${by} ${show(facts[by] ?? "")}` : "";
-    make("small", `seed ${facts.seed} · ${facts.width}×${facts.height}${extra}`, box);
+    make("small", `${facts.width}×${facts.height}${extra} · seed ${facts.seed}`, box);
     cell.onclick = () => view(page * PAGE + i);
   });
   $("count").textContent = found.length === images.length ? `${images.length} shown` : `${found.length} of ${images.length}`;

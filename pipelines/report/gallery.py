@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..index import Survey
 from .account import Refusals
 from .charts import histogram
@@ -38,6 +41,7 @@ def gallery(
     )
     tiles = [("images", totals["images"]), ("rejected", totals["rejected"])]
     tiles += [("near duplicates", duplicates)] if duplicates is not None else []
+    tiles += [(name, int(np.nansum(values))) for name, values in survey.scores.items() if _is_flag(values)]
     data = {
         "summary": f"{len(survey.shown):,} of {totals['images']:,}, made by diffray with {', '.join(models)}",
         "tiles": [(name, f"{value:,}") for name, value in tiles],
@@ -63,9 +67,9 @@ def gallery(
 
 
 def _charts(survey: Survey) -> str:
-    if not survey.scores:
+    charts = "".join(histogram(n, values) for n, values in survey.scores.items() if not _is_flag(values))
+    if not charts:
         return ""
-    charts = "".join(histogram(name, values) for name, values in survey.scores.items())
     return (
         f'<details open><summary>Scores of all images</summary><div class="charts">{charts}</div></details>'
     )
@@ -85,9 +89,18 @@ def _inert(data: Mapping[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _is_flag(values: NDArray[np.float64]) -> bool:
+    """Whether a column says yes or no, so that a count tells all."""
+    return bool(np.isin(values[np.isfinite(values)], (0, 1)).all())
+
+
 def _cut(value: Any) -> Any:
-    text = value if isinstance(value, str) else None
-    return value if text is None or len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
+    """A value as the page can hold it: long texts cut, integers that scripts would round as text."""
+    if isinstance(value, int) and abs(value) > 2**53:
+        return str(value)
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return value[:MAX_TEXT] + "…"
+    return value
 
 
 def _file(name: str) -> str:

@@ -12,19 +12,16 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffray.model import CheckpointError
 from diffray.model.alignment import ClipScore
 from diffray.model.safety import SafetyChecker
-from diffray.model.tokenizer import ClipTokenizer
 from diffray.model.vision import clip_pixels, weights_checksum
+from tests.model.judges import SIDE, VISION, safety_checker, save_clip, save_safety_checker, tokenizer
 from tests.model.oracle import source_image
 
-SIDE = 28
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = {**TOWER, "image_size": SIDE, "patch_size": 14, "projection_dim": 16}
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 
 
@@ -45,26 +42,12 @@ def test_pixels_equal_the_processor_of_transformers() -> None:
 
 @pytest.fixture(scope="module")
 def oracle() -> StableDiffusionSafetyChecker:
-    torch.manual_seed(0)
-    config = CLIPConfig(projection_dim=16, text_config={**TOWER, "vocab_size": 100}, vision_config=VISION)
-    checker = StableDiffusionSafetyChecker(config).eval()
-    with torch.no_grad():
-        for name in ("concept_embeds", "special_care_embeds"):
-            getattr(checker, name).normal_()
-            getattr(checker, f"{name}_weights").uniform_(-0.1, 0.5)
-    return checker
+    return safety_checker()
 
 
 @pytest.fixture
-def folder(oracle: StableDiffusionSafetyChecker, tmp_path: Path) -> Path:
-    """As the SD 1.x repositories have it: the tower named twice, position ids stored."""
-    oracle.save_pretrained(tmp_path)
-    weights = {
-        key.replace("vision_model.", "vision_model.vision_model.", 1): tensor
-        for key, tensor in load_file(tmp_path / "model.safetensors").items()
-    }
-    weights["vision_model.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+def folder(tmp_path: Path) -> Path:
+    save_safety_checker(tmp_path)
     return tmp_path
 
 
@@ -115,10 +98,6 @@ def test_the_checker_is_found_in_a_pipeline_folder(
     assert weights_checksum(str(pipeline)) == weights_checksum(str(folder))
 
 
-def _without(weights: dict[str, torch.Tensor], key: str) -> None:
-    del weights[key]
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -157,34 +136,17 @@ def test_the_checksum_follows_the_weights(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> ClipTokenizer:
-    from diffray.model.source import embedded
-
-    return ClipTokenizer.from_folder(embedded() / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tokenizer: ClipTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clip")
-    text = {
-        **TOWER,
-        "vocab_size": tokenizer.vocab_size,
-        "max_position_embeddings": 16,
-        "projection_dim": 16,
-        "eos_token_id": tokenizer.eos_id,
-        "bos_token_id": tokenizer.bos_id,
-    }
-    CLIPModel(CLIPConfig(projection_dim=16, text_config=text, vision_config=VISION)).save_pretrained(path)
-    for name, content in tokenizer.files().items():
-        (path / name).write_text(content)
+    save_clip(path)
     return path
 
 
-def test_scores_equal_transformers(clip_folder: Path, tokenizer: ClipTokenizer) -> None:
+def test_scores_equal_transformers(clip_folder: Path) -> None:
+    words = tokenizer()
     mine, wanted = ClipScore(clip_folder, device="cpu"), CLIPModel.from_pretrained(clip_folder).eval()
     for prompt in ("a red circle", "a large blue star on a green background", ""):
-        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.eos_id]])
+        ids = torch.tensor([[words.bos_id, *words.encode(prompt), words.eos_id]])
         for picture in pictures():
             pixels = PROCESSOR(picture, return_tensors="pt")["pixel_values"]
             with torch.no_grad():

@@ -1,0 +1,64 @@
+"""Near duplicates against the definition, tried on every pair."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from diffray.pipelines.report.duplicates import near_duplicates
+
+
+def by_definition(hashes: NDArray[np.uint64], distance: int) -> dict[int, int]:
+    kept: list[int] = []
+    found: dict[int, int] = {}
+    for number, bits in enumerate(hashes.tolist()):
+        near = next((k for k in kept if (bits ^ int(hashes[k])).bit_count() <= distance), None)
+        if near is None:
+            kept.append(number)
+        else:
+            found[number] = near
+    return found
+
+
+def crowd(count: int, centres: int, flips: int) -> NDArray[np.uint64]:
+    """Hashes around some centres, with up to so many flipped bits."""
+    rng = np.random.default_rng(count + flips)
+    hashes = rng.integers(0, 2**64, centres, dtype=np.uint64)[rng.integers(0, centres, count)]
+    for number in range(count):
+        for bit in rng.integers(0, 64, rng.integers(0, flips + 1)):
+            hashes[number] ^= np.uint64(1) << np.uint64(bit)
+    return hashes
+
+
+@pytest.mark.parametrize("distance", [0, 1, 2, 4, 6, 8, 10])
+@pytest.mark.parametrize("centres", [1, 40, 400])
+def test_what_is_found_is_what_is_defined(distance: int, centres: int) -> None:
+    hashes = crowd(400, centres, 7)
+    found = near_duplicates(hashes, distance)
+    wanted = by_definition(hashes, distance)
+    assert dict(zip(found.images.tolist(), found.originals.tolist(), strict=True)) == wanted
+    for image, original, apart in zip(found.images, found.originals, found.distances, strict=True):
+        assert int(hashes[image] ^ hashes[original]).bit_count() == apart <= distance
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_small_datasets(count: int) -> None:
+    assert len(near_duplicates(np.zeros(count, np.uint64), 4)) == max(0, count - 1)
+    assert len(near_duplicates(np.arange(count, dtype=np.uint64), 0)) == 0
+
+
+def test_identical_pictures_in_any_number_cost_nothing() -> None:
+    hashes = np.full(300_000, 7, np.uint64)
+    began = time.perf_counter()
+    assert len(near_duplicates(hashes, 4)) == 299_999
+    assert time.perf_counter() - began < 10
+
+
+def test_a_chain_of_small_steps_is_not_one_group() -> None:
+    chain = np.array([(1 << k) - 1 for k in range(0, 30, 3)], dtype=np.uint64)  # 3 bits from one to the next
+    found = near_duplicates(chain, 4)
+    assert found.originals.tolist() == [0, 2, 4, 6, 8]
+    assert found.images.tolist() == [1, 3, 5, 7, 9]
