@@ -1,0 +1,195 @@
+"""One round of chaos: a job in a process of its own, with drivers, engines and raylets killed at random moments.
+
+Nothing here trusts the job: whatever is left when a driver ends without success is run again by the same
+command, and in the end the dataset is compared with the one of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from diffray.pipelines import Store, job_status, verify
+from diffray.pipelines.plan import read_shard
+from tests.pipelines.conftest import Place
+
+DRIVER = Path(__file__).parent.parent / "pipelines" / "driver.py"
+VICTIMS = ("driver", "terminate", "interrupt", "engine", "raylet")
+PATIENCE = 240.0
+
+
+@dataclass
+class Round:
+    """What happened: each killing as (victim, seconds after its driver's start, images committed by then)."""
+
+    seed: int
+    killings: list[tuple[str, float, int]] = field(default_factory=list)
+    drivers: int = 0
+    seconds: float = 0.0
+    redone: int = 0
+    """Images begun more than once: what the killings cost."""
+
+    def __str__(self) -> str:
+        kills = ", ".join(f"{victim} at {after:.1f} s ({done} done)" for victim, after, done in self.killings)
+        return (
+            f"seed {self.seed}: {len(self.killings)} kills ({kills}); {self.drivers} drivers, "
+            f"{self.redone} images made again, {self.seconds:.0f} s"
+        )
+
+
+def table(images: int) -> str:
+    """Slow prompts, with some rows that are rejected among them."""
+    rows = [f"SLOW {i},1" for i in range(images - 2)] + ["POISON,1", ",0"]
+    dice = random.Random(images)
+    dice.shuffle(rows)
+    return "prompt,n\n" + "\n".join(rows) + "\n"
+
+
+def play(
+    place: Place,
+    seed: int,
+    kills: int,
+    victims: Sequence[str] = VICTIMS,
+    *,
+    images: int = 40,
+    actors: int = 1,
+    layout: str = "parquet",
+) -> Round:
+    """Run one round in `place`, and prove its end.
+
+    Raises:
+        AssertionError: the dataset differs, a committed shard was made again, or something was left running.
+    """
+    dice, began = random.Random(seed), time.monotonic()
+    played = Round(seed)
+    input, encoding = place.write(table(images)), {"layout": layout}
+    shards = {"images": 4}
+    place.job(input, "clean", shards=shards, encoding=encoding)
+    place.log.unlink()
+    config = place.config(
+        input,
+        "out",
+        shards=shards,
+        encoding=encoding,
+        workers={"actors": actors, "shards_in_flight": 2, "cpus": 1},
+    )
+    job = place.write(yaml.safe_dump(config.model_dump(mode="json")), "job.yaml")
+    until, plan = time.monotonic() + PATIENCE, [dice.choice(victims) for _ in range(kills)]
+    safe: set[int] = set()
+    while True:
+        assert time.monotonic() < until, f"not finished after {PATIENCE} s; {played}"
+        played.drivers += 1
+        if _drive(place, job, plan, dice, played) == 0:
+            break
+        made_twice = {s for s in safe if place.begun().count(s) > 1}
+        assert not made_twice, f"committed shards were made again: {made_twice}; {played}"
+        safe = committed_seeds(place)
+    played.redone = len(place.begun()) - len(set(place.begun()))
+    played.seconds = time.monotonic() - began
+    for one in safe:
+        assert place.begun().count(one) == 1, f"a committed shard was made again; {played}"
+    assert place.bytes() == place.bytes("clean"), f"the dataset is another one; {played}"
+    assert verify(Store(config.output)).faults == (), str(played)
+    assert job_status(config.output).phase == "complete"
+    return played
+
+
+def _drive(place: Place, job: str, plan: list[str], dice: random.Random, played: Round) -> int:
+    """One driver process until it ends, with killings on the way; its exit code."""
+    logs = Path(tempfile.mkdtemp(prefix="dr", dir="/tmp"))  # Ray's socket paths have to be short
+    before, began = len(place.begun()), time.monotonic()
+    driver = subprocess.Popen(
+        [sys.executable, str(DRIVER), job],
+        stdout=subprocess.DEVNULL,
+        stderr=(place.path / "stderr").open("a"),
+        env={**os.environ, "RAY_TMPDIR": str(logs), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
+        start_new_session=True,
+    )
+    try:
+        # The next killing comes after so many more images were begun; sometimes already while Ray starts.
+        at = before + dice.choice([0, *range(1, 12)])
+        pause = dice.uniform(0, 1.5)
+        while driver.poll() is None:
+            assert time.monotonic() - began < PATIENCE, f"the driver hangs; {played}"
+            if plan and len(place.begun()) >= at:
+                time.sleep(pause)
+                victim = plan[0]
+                if _kill(victim, driver, place, logs, before):
+                    plan.pop(0)
+                    done = len(list((place.path / "out/_diffray/commits").glob("*")))
+                    played.killings.append((victim, time.monotonic() - began, done))
+                    at, pause = len(place.begun()) + dice.randrange(1, 8), dice.uniform(0, 1.5)
+            time.sleep(0.05)
+        return driver.returncode
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+        driver.wait()
+        _none_left(logs)
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _kill(victim: str, driver: subprocess.Popen[bytes], place: Place, logs: Path, before: int) -> bool:
+    """Whether there was such a victim."""
+    if victim in ("driver", "terminate", "interrupt"):
+        number = {"driver": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[victim]
+        driver.send_signal(number)
+        driver.wait(PATIENCE)
+        return True
+    if victim == "engine":
+        lines = place.log.read_text().splitlines()[before:] if place.log.exists() else []
+        found = [int(lines[-1].split()[1])] if lines else []
+    else:
+        found = [pid for pid, command in processes(logs) if "/raylet/raylet " in command]
+    for pid in found[:1]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+    return bool(found)
+
+
+def processes(logs: Path) -> list[tuple[int, str]]:
+    """Processes that were started for the Ray session in `logs`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            mine = f"RAY_TMPDIR={logs}".encode() in environment
+            if mine and command and int(entry.name) != os.getpid():
+                found.append((int(entry.name), command))
+    return found
+
+
+def _none_left(logs: Path, seconds: float = 60.0) -> None:
+    """A driver's end, whichever, is the end of everything that it started."""
+    until = time.monotonic() + seconds
+    while left := processes(logs):
+        if time.monotonic() > until:
+            for pid, _ in left:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"left running: {[command[:100] for _, command in left]}")
+        time.sleep(0.2)
+
+
+def committed_seeds(place: Place) -> set[int]:
+    """The seeds of all images that are final."""
+    store = Store(str(place.path / "out"))
+    records = sorted((place.path / "out/_diffray/commits").glob("*.json"))
+    images = [image for path in records for image in read_shard(store, int(path.stem)).images]
+    return {image.request.seed for image in images if image.request and image.request.seed is not None}
