@@ -62,7 +62,9 @@ class Residents:
         self._bytes = int(memory.gigabytes * 1e9) if memory.gigabytes else int(SHARE * device_memory())
         self._load = load or load_resident
         self._held: OrderedDict[str, Resident] = OrderedDict()
-        self._loading: dict[str, tuple[asyncio.Task[None], int]] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._reserved: dict[str, int] = {}
+        """Bytes of models that are being read; those that only wait for room have none."""
         self._changed = asyncio.Condition()
 
     def get(self, name: str) -> Resident | None:
@@ -87,8 +89,8 @@ class Residents:
                     resident.users += 1
                     return resident
                 if resident is None and name not in self._loading:
-                    self._begin(name, await self._needed(name))
-                task = self._loading[name][0] if name in self._loading else None
+                    self._begin(name)
+                task = self._loading.get(name)
                 if task is None:
                     await self._changed.wait()
             if task is not None:
@@ -100,16 +102,13 @@ class Residents:
         async with self._changed:
             self._changed.notify_all()
 
-    def _begin(self, name: str, needed: int) -> None:
-        task = asyncio.create_task(self._bring(name, needed))
-        task.add_done_callback(
-            lambda done: done.cancelled() or done.exception()
-        )  # each waiter sees it itself
-        self._loading[name] = (task, needed)
+    def _begin(self, name: str) -> None:
+        task = self._loading[name] = asyncio.create_task(self._bring(name))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever waits sees it
 
-    async def _bring(self, name: str, needed: int) -> None:
+    async def _bring(self, name: str) -> None:
         try:
-            await self._make_room(name, needed)
+            await self._make_room(name, await self._needed(name))
             metrics.MODEL_LOADS.add(model=name)
             resident = await asyncio.to_thread(self._load, name, self._models[name])
             self._held[name] = resident
@@ -121,6 +120,7 @@ class Residents:
         finally:
             async with self._changed:
                 del self._loading[name]
+                self._reserved.pop(name, None)
                 self._changed.notify_all()
 
     async def _needed(self, name: str) -> int:
@@ -134,26 +134,27 @@ class Residents:
         return inspection.parameters * (4 if entry.dtype == "float32" or not gpu else 2)
 
     async def _make_room(self, name: str, needed: int) -> None:
-        while not self._fits(name, needed):
+        """Reserve bytes for a model, dropping others until it fits; one too large for all of it comes alone."""
+        while not self._fits(needed):
             async with self._changed:
                 leaver = next((r for r in self._held.values() if not r.users), None)
                 if leaver is None:
-                    first = next(iter(self._held.values()), None)
-                    if first is None and len(self._loading) == 1:
-                        return  # larger than the budget, but there is nothing else to drop
-                    if first is not None:
-                        first.leaving = True
+                    if oldest := next(iter(self._held.values()), None):
+                        oldest.leaving = True
                     await self._changed.wait()
                     continue
                 del self._held[leaver.name]
                 self._changed.notify_all()
             await self._drop(leaver)
+        self._reserved[name] = needed
+        for resident in self._held.values():
+            resident.leaving = False  # whoever else needs room asks again
+        async with self._changed:
+            self._changed.notify_all()
 
-    def _fits(self, name: str, needed: int) -> bool:
-        others = [size for other, (_, size) in self._loading.items() if other != name]
-        held = sum(resident.bytes for resident in self._held.values()) + sum(others)
-        count = len(self._held) + len(others)
-        return count == 0 or (count < self._most and held + needed <= self._bytes)
+    def _fits(self, needed: int) -> bool:
+        taken = [resident.bytes for resident in self._held.values()] + list(self._reserved.values())
+        return not taken or (len(taken) < self._most and sum(taken) + needed <= self._bytes)
 
     async def _drop(self, resident: Resident) -> None:
         await asyncio.to_thread(resident.engine.close)

@@ -1,0 +1,327 @@
+"""Engines in this process: joining, leaving, several models in little memory, failures of one and of all."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffray.model import GenerationError, ImageRequest, InvalidRequest
+from diffray.model import engine as engine_module
+from diffray.serve import residents
+from diffray.serve.config import Guardrails, Limits, Memory, ModelEntry, ServeConfig
+from diffray.serve.engines import Engines
+from diffray.serve.refusal import Refusal
+from diffray.serve.work import Finished, Progress, Work
+
+THREE = {name: ModelEntry() for name in ("a", "b", "c")}
+
+
+@asynccontextmanager
+async def engines(**config: Any) -> AsyncIterator[Engines]:
+    made = Engines(ServeConfig(**config))
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 120))  # type: ignore[arg-type]
+
+
+def work(steps: int = 2, seed: int = 0, model: str = "embedded", **more: Any) -> Work:
+    return Work(request=ImageRequest(prompt="a red circle", steps=steps, seed=seed), model=model, **more)
+
+
+async def finish(backend: Engines, wanted: Work) -> Finished:
+    async with aclosing(backend.run(wanted)) as events:
+        async for event in events:
+            if isinstance(event, Finished):
+                return event
+    raise AssertionError("no picture")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_ready_only_after_a_picture_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with engines() as backend:
+            with pytest.raises(GenerationError, match="not loaded"):
+                await backend.check()
+            await backend.start()
+            await backend.check()
+            assert (await backend.model("embedded")).loaded
+
+    run(test)
+
+    def spoiled(*_: object) -> None:
+        raise GenerationError("decoded image: got non-finite values")
+
+    monkeypatch.setattr(engine_module, "to_image", spoiled)
+
+    async def never() -> None:
+        async with engines() as backend:
+            with pytest.raises(GenerationError, match="non-finite"):
+                await backend.start()
+
+    run(never)
+
+
+def test_closing_the_stream_frees_the_slot_at_the_next_step() -> None:
+    async def test() -> None:
+        async with engines() as backend:
+            events = backend.run(work(steps=1000))
+            async for event in events:
+                if isinstance(event, Progress) and event.step >= 2:
+                    break
+            engine = next(iter(backend.residents)).engine
+            assert engine.running == 1
+            await events.aclose()
+            await until(lambda: engine.running == engine.waiting == 0)
+
+    run(test)
+
+
+def test_a_request_joins_what_runs_and_nobody_s_pixels_change() -> None:
+    async def test() -> None:
+        async with engines() as backend:
+            alone = (await finish(backend, work(steps=4, seed=5))).data
+            long = asyncio.create_task(finish(backend, work(steps=40, seed=1)))
+            await until(lambda: next(iter(backend.residents)).engine.running == 1)
+            joined = (await finish(backend, work(steps=4, seed=5))).data
+            assert not long.done(), "the short one waited for the long one"
+            assert joined == alone
+            long.cancel()
+
+    run(test)
+
+
+def test_deadline_in_the_queue_costs_no_engine_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    original = engine_module.prepare
+
+    def counted(model: Any, request: ImageRequest, *more: Any) -> Any:
+        prepared.append(request.seed)
+        return original(model, request, *more)
+
+    monkeypatch.setattr(engine_module, "prepare", counted)
+
+    async def test() -> None:
+        async with engines(models={"embedded": ModelEntry(batch_size=1)}) as backend:
+            await backend.start()
+            busy = [asyncio.create_task(finish(backend, work(steps=1000, seed=s))) for s in (1, 2, 3, 4)]
+            await until(lambda: next(iter(backend.residents)).engine.running >= 1)
+            with pytest.raises(Refusal) as refused:
+                await finish(backend, work(seed=77, seconds=0.3))
+            assert (refused.value.status, refused.value.code) == (504, "timeout")
+            assert 77 not in prepared
+            for task in busy:
+                task.cancel()
+
+    run(test)
+
+
+def test_previews_come_when_they_are_due() -> None:
+    async def test() -> None:
+        async with engines() as backend:
+            shown: list[tuple[int, bytes]] = []
+            async for event in backend.run(work(steps=9, preview_every=3)):
+                if isinstance(event, Progress) and event.preview:
+                    shown.append((event.step, event.preview))
+            assert shown
+            assert len(shown) <= 3
+            for _, data in shown:
+                assert Image.open(io.BytesIO(data)).format == "JPEG"
+
+    run(test)
+
+
+def test_one_poisoned_image_costs_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = engine_module.prepare
+
+    def poisoned(model: Any, request: ImageRequest, *more: Any) -> Any:
+        if request.seed == 13:
+            raise ValueError("boom")
+        return original(model, request, *more)
+
+    async def test() -> None:
+        async with engines() as backend:
+            await backend.start()
+            clean = [(await finish(backend, work(seed=s, steps=3))).data for s in (1, 2)]
+            monkeypatch.setattr(engine_module, "prepare", poisoned)
+            outcomes = await asyncio.gather(
+                *(finish(backend, work(seed=s, steps=3)) for s in (1, 13, 2)), return_exceptions=True
+            )
+            assert isinstance(outcomes[1], GenerationError)
+            assert [o.data for o in outcomes if isinstance(o, Finished)] == clean
+            await backend.check()
+
+    run(test)
+
+
+def test_a_broken_engine_is_told_apart_and_fails_the_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async def test() -> None:
+        async with engines() as backend:
+            await backend.start()
+            monkeypatch.setattr(engine_module, "advance", broken)
+            for _ in range(2):
+                with pytest.raises(Refusal) as refused:
+                    await finish(backend, work())
+                assert (refused.value.status, refused.value.code) == (503, "engine_broken")
+                assert "CUDA" not in refused.value.message
+            with pytest.raises(GenerationError, match="stopped"):
+                await backend.check()
+
+    run(test)
+
+
+def test_health_is_answered_during_a_long_generation() -> None:
+    async def test() -> None:
+        async with engines() as backend:
+            await backend.start()
+            long = asyncio.create_task(finish(backend, work(steps=1000)))
+            await until(lambda: next(iter(backend.residents)).engine.running == 1)
+            begun = time.monotonic()
+            await backend.check()
+            assert time.monotonic() - begun < 1
+            long.cancel()
+
+    run(test)
+
+
+def test_the_least_recently_used_model_makes_room() -> None:
+    async def test() -> None:
+        async with engines(models=THREE, memory=Memory(models=2)) as backend:
+            for name in ("a", "b", "a", "c"):
+                made = await finish(backend, work(model=name, steps=1))
+                assert made.model == name
+            assert [resident.name for resident in backend.residents] == ["a", "c"]
+            cards = {card.name: card.loaded for card in await backend.cards()}
+            assert cards == {"a": True, "b": False, "c": True}
+
+    run(test)
+
+
+def test_memory_is_counted_in_bytes() -> None:
+    async def test() -> None:
+        async with engines(models=THREE) as backend:
+            await finish(backend, work(model="a", steps=1))
+            size = next(iter(backend.residents)).bytes
+            assert size > 20e6
+        async with engines(models=THREE, memory=Memory(gigabytes=1.5 * size / 1e9)) as backend:
+            for name in ("a", "b"):
+                await finish(backend, work(model=name, steps=1))
+            assert [resident.name for resident in backend.residents] == ["b"]
+        async with engines(models=THREE, memory=Memory(gigabytes=2.5 * size / 1e9)) as backend:
+            await asyncio.gather(*(finish(backend, work(model=name, steps=1)) for name in "abcabc"))
+            assert len(list(backend.residents)) == 2
+
+    run(test)
+
+
+def test_a_model_in_use_is_not_dropped_and_the_other_waits_its_turn() -> None:
+    async def test() -> None:
+        async with engines(models=THREE, memory=Memory(models=1)) as backend:
+            await backend.start()
+            first = asyncio.create_task(finish(backend, work(model="a", steps=30, seed=1)))
+            await until(lambda: any(r.users for r in backend.residents))
+            other = asyncio.create_task(finish(backend, work(model="b", steps=1)))
+            await asyncio.sleep(0.05)
+            late = asyncio.create_task(finish(backend, work(model="a", steps=1, seed=2)))
+            done = [(await task).model for task in (first, other, late)]
+            assert done == ["a", "b", "a"]
+
+    run(test)
+
+
+def test_loading_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = residents.load_resident
+
+    def slow(name: str, entry: ModelEntry) -> residents.Resident:
+        if name == "b":
+            time.sleep(2)
+        return original(name, entry)
+
+    async def test() -> None:
+        backend = Engines(ServeConfig(models=THREE), slow)
+        await backend.start()
+        loading = [asyncio.create_task(finish(backend, work(model="b", steps=1))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        begun = time.monotonic()
+        await finish(backend, work(model="a", steps=1))
+        assert not any(task.done() for task in loading)
+        assert time.monotonic() - begun < 1.9
+        await asyncio.gather(*loading)
+        await backend.close()
+
+    run(test)
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, tries = residents.load_resident, []
+
+    def flaky(name: str, entry: ModelEntry) -> residents.Resident:
+        tries.append(name)
+        if len(tries) == 1:
+            raise OSError("/secret/path: disk on fire")
+        return original(name, entry)
+
+    async def test() -> None:
+        backend = Engines(ServeConfig(), flaky)
+        outcomes = await asyncio.gather(
+            *(finish(backend, work(steps=1)) for _ in range(3)), return_exceptions=True
+        )
+        assert all(isinstance(outcome, Refusal) and outcome.status == 503 for outcome in outcomes)
+        assert "secret" not in str(outcomes[0])
+        assert (await finish(backend, work(steps=1))).model == "embedded"
+        assert len(tries) == 2
+        await backend.close()
+
+    run(test)
+
+
+def refuse_everything(image: Image.Image, request: ImageRequest) -> str | None:
+    assert image.size == (64, 64)
+    return "this picture is not allowed" if request.seed == 6 else None
+
+
+def test_pictures_are_checked_before_anybody_sees_them() -> None:
+    async def test() -> None:
+        rules = Guardrails(image=("tests.serve.test_engines:refuse_everything",))
+        async with engines(guardrails=rules) as backend:
+            with pytest.raises(Refusal) as refused:
+                await finish(backend, work(seed=6))
+            assert refused.value.code == "content_filtered"
+            await finish(backend, work(seed=7))
+
+    run(test)
+
+
+def test_refused_values_leave_nothing_behind() -> None:
+    async def test() -> None:
+        async with engines(limits=Limits(seconds=60)) as backend:
+            await backend.start()
+            bad = Work(request=ImageRequest(sampler="nope"), model="embedded")
+            with pytest.raises(InvalidRequest):
+                await finish(backend, bad)
+            with pytest.raises(Refusal) as refused:
+                await finish(backend, work(model="zzz"))
+            assert refused.value.status == 404
+            resident = next(iter(backend.residents))
+            assert (resident.users, resident.engine.running, resident.engine.waiting) == (0, 0, 0)
+
+    run(test)
