@@ -14,12 +14,15 @@ SCHEDULERS: tuple[tuple[str, str], ...] = (
     ("uniform", "Uniform"),
     ("karras", "Karras"),
     ("exponential", "Exponential"),
+    ("polyexponential", "Polyexponential"),
     ("sgm_uniform", "SGM Uniform"),
+    ("kl_optimal", "KL Optimal"),
     ("align_your_steps", "Align Your Steps"),
     ("simple", "Simple"),
     ("normal", "Normal"),
     ("ddim", "DDIM"),
     ("beta", "Beta"),
+    ("turbo", "Turbo"),
 )
 """AUTOMATIC1111's names and labels of the schedules that the engine has."""
 UPSCALERS = ("None", "Lanczos", "Nearest")

@@ -20,7 +20,7 @@ from ..jobs import Job, jobs_of
 from ..refusal import Refusal
 from ..service import Service
 from ..work import Event, Finished, Work
-from .native_bodies import Asked, Catalogue, Generation, Images, JobState, Made, Model
+from .native_bodies import Catalogue, ImagesAnswer, ImagesBody, JobBody, JobState, Made, ModelFacts
 from .parts import base64_text, continued
 
 ROUTES = ("/",)
@@ -28,7 +28,7 @@ FILES: dict[str, Any] = {
     media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()
 }
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": Images, "content": {"text/event-stream": {"schema": {"type": "string"}}, **FILES}}
+    200: {"model": ImagesAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}, **FILES}}
 }
 FILE: dict[int | str, dict[str, Any]] = {200: {"content": FILES}}
 
@@ -55,11 +55,11 @@ def router(service: Service) -> APIRouter:
     async def models(http: Request) -> Catalogue:
         """What can be asked for; the first model is the default."""
         await service.client(http)
-        found = [Model.model_validate(asdict(card)) for card in await service.models()]
+        found = [ModelFacts.model_validate(asdict(card)) for card in await service.models()]
         return Catalogue(models=found, samplers=list(SAMPLER_NAMES), schedules=list(SCHEDULES))
 
-    @routes.post("/images", responses=ANSWERS, response_model=Images)
-    async def images(http: Request, body: Generation) -> Response:
+    @routes.post("/images", responses=ANSWERS, response_model=ImagesAnswer)
+    async def images(http: Request, body: ImagesBody) -> Response:
         """Images as JSON; as server-sent events with `stream`; as one file if `Accept` is an image type.
 
         Events are `progress` ({index, step, steps, percent, preview}), `result` (as in the JSON answer) and `error`.
@@ -80,11 +80,11 @@ def router(service: Service) -> APIRouter:
             return Response(
                 finished[0].data, media_type=media, headers={"seed": str(finished[0].request.seed)}
             )
-        answer = Images(images=[Made.of(index, f, body.format) for index, f in enumerate(finished)])
+        answer = ImagesAnswer(images=[Made.of(index, f, body.format) for index, f in enumerate(finished)])
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @routes.post("/jobs", status_code=202)
-    async def submit(http: Request, response: Response, body: Asked) -> JobState:
+    async def submit(http: Request, response: Response, body: JobBody) -> JobState:
         """Begin a job; ask for its state at /v1/diffray/jobs/{id}."""
         client = await service.client(http)
         card = await service.model(body.model)

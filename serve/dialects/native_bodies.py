@@ -23,7 +23,7 @@ Picture = Annotated[
 PICTURES = ("init_image", "mask", "depth")
 
 
-class Asked(BaseModel):
+class JobBody(BaseModel):
     """One request: every field of an image, and how many of what kind are wanted.
 
     Types are strict: "512" is not a number and true is not 1. Unknown names are refused.
@@ -39,7 +39,7 @@ class Asked(BaseModel):
     )
 
     model: str | None = Field(default=None, max_length=200, description="A name of /v1/diffray/models.")
-    n: int = Field(default=1, ge=1, le=1000, description="Images; their seeds count up.")
+    n: int = Field(default=1, ge=1, le=1000, description="ImagesAnswer; their seeds count up.")
     format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(default=92, ge=1, le=100, description="Of jpeg and webp; webp at 100 is lossless.")
     timeout: float | None = Field(
@@ -117,7 +117,7 @@ class Asked(BaseModel):
         ]
 
 
-class Generation(Asked):
+class ImagesBody(JobBody):
     """A request whose answer is waited for."""
 
     stream: bool = Field(default=False, description="Server-sent events instead of one answer.")
@@ -149,13 +149,13 @@ class Made(BaseModel):
         )
 
 
-class Images(BaseModel):
+class ImagesAnswer(BaseModel):
     """All pictures of a request, in the order of their seeds."""
 
     images: list[Made]
 
 
-class Model(BaseModel):
+class ModelFacts(BaseModel):
     """What a model is, and what a request gets that does not say."""
 
     name: str
@@ -175,7 +175,7 @@ class Model(BaseModel):
 class Catalogue(BaseModel):
     """What can be asked for."""
 
-    models: list[Model]
+    models: list[ModelFacts]
     samplers: list[str]
     schedules: list[str]
 
@@ -206,7 +206,7 @@ class JobState(BaseModel):
     status: Literal["running", "done", "failed", "cancelled"]
     created: float = Field(description="Unix time.")
     expires: float = Field(description="Unix time at which the job and its images are deleted.")
-    total: int = Field(description="Images asked for.")
+    total: int = Field(description="ImagesAnswer asked for.")
     progress: float = Field(description="Share of all steps that are done, 0..1.")
     images: list[JobImage]
     error: JobError | None = None

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from PIL import Image, ImageDraw
 from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import read_provenance
 from diffray.model.infotext import parse_infotext
-from diffray.serve.config import ServeConfig
+from diffray.serve import keys
+from diffray.serve.config import Access, ServeConfig
 
 from .live import Live, live
 from .scripted import Scripted, encoded
@@ -41,7 +43,7 @@ def api(service_app: Live) -> webuiapi.WebUIApi:
 def stage() -> Iterator[tuple[Live, Scripted]]:
     """A service that does what prompts say."""
     backend = Scripted()
-    with live(ServeConfig(), lambda config: backend) as running:
+    with live(ServeConfig(log="off"), lambda config: backend) as running:
         yield running, backend
 
 
@@ -463,6 +465,28 @@ def test_extras_resize(api: webuiapi.WebUIApi) -> None:
         picture = scene().resize((2048, 2048)) if "upscaling_resize" in change else scene()
         with pytest.raises(RuntimeError, match=next(iter(change))):
             api.extra_single_image(picture, **{"upscaler_1": "Lanczos"} | change)
+
+
+def test_a_key_is_the_password_and_state_is_of_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    alice, bob = (keys.add(file, name) for name in ("alice", "bob"))
+    with live(ServeConfig(access=Access(keys=str(file)), log="off"), Scripted) as running:
+        with pytest.raises(RuntimeError, match="401"):
+            client_of(running).txt2img(prompt="x", **SMALL)
+        first, second = (client_of(running, username="x", password=token) for token in (alice, bob))
+        first.util_set_model("other")
+        assert first.util_get_current_model().startswith("other")
+        assert second.util_get_current_model().startswith("scripted")
+        results: list[Any] = []
+        thread = threading.Thread(target=lambda: results.append(first.txt2img(prompt="wait", steps=8)))
+        thread.start()
+        wait_for(lambda: first.get_progress()["state"]["sampling_step"] == 4)
+        assert second.get_progress()["state"]["job_count"] == 0
+        second.interrupt()
+        assert first.get_progress()["state"]["job_count"] == 1
+        first.interrupt()
+        thread.join(10)
+        assert len(results[0].images) == 1
 
 
 def test_failures_say_nothing_internal(scripted: tuple[webuiapi.WebUIApi, Scripted]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ import requests
 from PIL import Image, ImageDraw
 
 from diffray.model import Engine, ImageRequest, load_model
-from diffray.serve.config import ServeConfig
+from diffray.serve import keys
+from diffray.serve.config import Access, Guardrails, Limits, ServeConfig
 
 from .live import Live, live
 from .scripted import Scripted, encoded
@@ -33,7 +36,7 @@ def api(service_app: Live) -> Iterator[openai.OpenAI]:
 def stage() -> Iterator[tuple[Live, Scripted]]:
     """A service that does what prompts say."""
     backend = Scripted()
-    with live(ServeConfig(), lambda config: backend) as running:
+    with live(ServeConfig(log="off"), lambda config: backend) as running:
         yield running, backend
 
 
@@ -352,6 +355,45 @@ def test_a_stream_that_fails_late_raises_in_the_sdk(scripted: tuple[openai.OpenA
     client, _ = scripted
     with pytest.raises(openai.APIError, match="could not be made"):
         list(client.images.generate(prompt="late", stream=True, partial_images=1))
+
+
+def test_leaving_a_stream_stops_its_images(scripted: tuple[openai.OpenAI, Scripted]) -> None:
+    client, backend = scripted
+    cancelled = backend.cancelled
+    stream = client.images.generate(prompt="wait", stream=True, partial_images=3)
+    assert next(iter(stream)).type == "image_generation.partial_image"
+    stream.close()
+    end = time.monotonic() + 10
+    while backend.cancelled == cancelled:
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.01)
+
+
+def test_keys_rates_budgets_and_blocked_words(tmp_path: Path) -> None:
+    token = keys.add(tmp_path / "keys.json", "alice", requests="1/hour")
+    (tmp_path / "blocked.txt").write_text("forbidden thing\n")
+    config = ServeConfig(
+        access=Access(keys=str(tmp_path / "keys.json")),
+        guardrails=Guardrails(blocklist=str(tmp_path / "blocked.txt")),
+        limits=Limits(cost=20),
+        log="off",
+    )
+    with live(config, Scripted) as running:
+        with client_of(running) as stranger, pytest.raises(openai.AuthenticationError) as refused:
+            stranger.images.generate(prompt="a fox")
+        assert refused.value.code == "invalid_api_key"
+        with client_of(running, api_key=token) as client:
+            with pytest.raises(openai.BadRequestError, match="megapixel-steps") as over:
+                client.images.generate(prompt="a fox", size="2048x2048")
+            assert over.value.code == "over_budget"
+            with pytest.raises(openai.BadRequestError) as blocked:
+                client.images.generate(prompt="a Forbidden  thing")
+            assert (blocked.value.code, blocked.value.param) == ("content_policy_violation", "prompt")
+            client.images.generate(prompt="a fox")
+            with pytest.raises(openai.RateLimitError) as fast:
+                client.images.generate(prompt="a fox")
+            assert fast.value.code == "rate_limit_exceeded"
+            assert int(fast.value.response.headers["retry-after"]) > 60
 
 
 def test_errors_of_the_engine_have_the_client_s_names(scripted: tuple[openai.OpenAI, Scripted]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import webuiapi
 from PIL import Image, ImageDraw
 
 from diffray.model import Engine, ImageRequest, load_model
-from diffray.serve.config import ServeConfig
+from diffray.serve.config import Guardrails, ServeConfig
 from diffray.serve.dialects.stability_bodies import TextPrompt
 from diffray.serve.dialects.stability_works import prompts_of
 
@@ -29,7 +30,7 @@ JSON = {"Accept": "application/json"}
 def stage() -> Iterator[tuple[Live, Scripted]]:
     """A service that does what prompts say."""
     backend = Scripted()
-    with live(ServeConfig(), lambda config: backend) as running:
+    with live(ServeConfig(log="off"), lambda config: backend) as running:
         yield running, backend
 
 
@@ -324,6 +325,23 @@ def test_a_body_that_is_no_form(service_app: Live) -> None:
     response = requests.post(f"{service_app.url}/v2beta/stable-image/generate/core", json={"prompt": "x"})
     assert response.status_code == 415
     assert response.json()["name"] == "unsupported_media_type"
+
+
+def test_a_blocked_prompt_is_refused_in_each_version_s_way(tmp_path: Path) -> None:
+    (tmp_path / "blocked.txt").write_text("forbidden\n")
+    config = ServeConfig(guardrails=Guardrails(blocklist=str(tmp_path / "blocked.txt")), log="off")
+    with live(config, Scripted) as running:
+        v1 = requests.post(
+            f"{running.url}/v1/generation/scripted/text-to-image",
+            json={"text_prompts": [{"text": "forbidden"}]},
+        )
+        assert (v1.status_code, v1.json()["name"]) == (400, "invalid_prompts")
+        v2 = requests.post(
+            f"{running.url}/v2beta/stable-image/generate/core",
+            files={"none": ""},
+            data={"prompt": "forbidden"},
+        )
+        assert (v2.status_code, v2.json()["name"]) == (403, "content_moderation")
 
 
 def test_failures_say_nothing_internal(scripted: tuple[str, Scripted]) -> None:
