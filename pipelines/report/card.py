@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,8 +76,8 @@ def card(
     if duplicates is not None:
         bits = config.checks.near_duplicates
         parts.append(
-            f"{duplicates:,} images are near duplicates: their `phash` differs by at most {bits} bits from that of an "
-            f"earlier image, which `{DUPLICATES}` names."
+            f"Near duplicates: {duplicates:,}. Their `phash` differs by at most {bits} bits from that of an earlier "
+            f"image, which `{DUPLICATES}` names."
         )
     if refused:
         parts += ["## Rejected rows", _table(refused)]
@@ -133,4 +134,4 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     """Any text between backticks."""
-    return " ".join(text[:200].replace("`", "'").replace("|", "/").split())
+    return " ".join(re.sub(r"[`|<>]", "'", text[:200]).split())
