@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from diffray.model import DiffrayError
 
-from . import metrics
+from . import metrics, page
 from .documentation import document
 from .failures import Failures
 from .idempotency import Idempotency
@@ -47,7 +47,7 @@ def create_app(service: Service) -> FastAPI:
         title="diffray",
         version=version("diffray"),
         description=DESCRIPTION,
-        docs_url="/docs" if access.docs else None,
+        docs_url=None,  # FastAPI's own is made of scripts from elsewhere; ours is in `page`
         redoc_url=None,
         openapi_url="/openapi.json" if access.docs else None,
         lifespan=lifespan,
@@ -58,8 +58,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(dialect.router(service))
     _handle_errors(app, failures)
     _add_health(app, service)
-    if service.config.page:
-        import_module("diffray.serve.page").mount(app, service)
+    page.mount(app, service)
     document(app, failures)
     return app
 

@@ -1,4 +1,4 @@
-"""The page at `/`: a few static files, sent with headers that let it talk to this service and nobody else."""
+"""The page at `/` and the documentation at `/docs`: static files, whose headers let them talk to this service only."""
 
 from __future__ import annotations
 
@@ -38,17 +38,25 @@ HEADERS = {
 """`no-cache`: the browser asks each time, and gets 304 as long as the file is the same."""
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 """Some systems' own tables have others, with which browsers refuse to run a module."""
+DOCS_LINK = b'<a class="quiet" href="docs">API documentation</a>'
 
 
 def mount(app: FastAPI, service: Service) -> None:
-    """Serve the page at `/` and its files under `/page/`.
+    """Serve the page at `/`, the documentation at `/docs` and their files under `/page/`, as far as configured.
 
     The files are read once, here: what is not among them cannot be asked for.
     """
+    config = service.config
+    routes = {"index.html": ("/", config.page), "docs.html": ("/docs", config.access.docs)}
+    if not any(wanted for _, wanted in routes.values()):
+        return
     for entry in files("diffray.serve").joinpath("page").iterdir():
-        index = entry.name == "index.html"
-        path = "/" if index else f"/page/{entry.name}"
-        app.add_route(path, _sender(entry.name, entry.read_bytes()), include_in_schema=False)
+        path, wanted = routes.get(entry.name, (f"/page/{entry.name}", True))
+        data = entry.read_bytes()
+        if entry.name == "index.html" and not config.access.docs:
+            data = data.replace(DOCS_LINK, b"")
+        if wanted:
+            app.add_route(path, _sender(entry.name, data), include_in_schema=False)
 
 
 def _sender(name: str, data: bytes) -> Callable[[Request], Awaitable[Response]]:

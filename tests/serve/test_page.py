@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from diffray.serve.config import ServeConfig
 
 from . import browser as web
 from .live import Live, live
+from .scripted import Scripted
 
 PAGE = files("diffray.serve").joinpath("page")
+ROUTES = {"index.html": "/", "docs.html": "/docs"}
 BLUE = (40, 80, 220)
 PHONE = {
     "viewport": {"width": 390, "height": 780},
@@ -50,7 +53,7 @@ def page(chromium: Browser, service_app: Live) -> Iterator[Page]:
 
 def test_every_file_has_strict_headers_and_is_asked_for_only_once(service_app: Live) -> None:
     for entry in PAGE.iterdir():
-        address = service_app.url + ("/" if entry.name == "index.html" else f"/page/{entry.name}")
+        address = service_app.url + ROUTES.get(entry.name, f"/page/{entry.name}")
         with urllib.request.urlopen(address) as answer:
             assert answer.read() == entry.read_bytes()
             policy = answer.headers["content-security-policy"]
@@ -82,6 +85,16 @@ def test_files_are_small_and_name_no_other_place() -> None:
         }  # the name of SVG, no address
         assert not places, entry.name
         assert "innerHTML" not in text, entry.name
+
+
+def test_pages_that_are_not_wanted_are_not_there() -> None:
+    for values, missing in (({"page": False}, "/"), ({"access": {"docs": False}}, "/docs")):
+        with live(ServeConfig.checked({**values, "log": "off"}), Scripted) as service:
+            with pytest.raises(HTTPError) as refused:
+                urllib.request.urlopen(service.url + missing)
+            assert refused.value.code == 404
+            other = urllib.request.urlopen(service.url + ("/docs" if missing == "/" else "/")).read()
+            assert b'href="docs"' not in other
 
 
 # ---- making pictures --------------------------------------------------------------------------------------
@@ -344,6 +357,20 @@ def test_the_calls_that_it_shows_make_the_same_picture(page: Page, tmp_path: Pat
         assert Image.open(tmp_path / "picture.png").convert("RGB").tobytes() == made.tobytes(), code
         (tmp_path / "picture.png").unlink()
     page.click("#calls-close")
+
+
+@pytest.mark.slow
+def test_the_documentation_shows_every_operation(chromium: Browser, service_app: Live) -> None:
+    with urllib.request.urlopen(service_app.url + "/openapi.json") as answer:
+        paths = json.load(answer)["paths"]
+    with web.visit(chromium, service_app.url) as page:
+        page.get_by_role("link", name="API documentation").click()
+        shown = page.locator(".operation h3")
+        expect(shown).to_have_count(sum(len(operations) for operations in paths.values()))
+        native = page.locator("#post-v1-diffray-images")
+        expect(native.locator("tr", has_text="guidance_rescale")).to_contain_text("number, 0 to 1")
+        page.get_by_role("link", name="Make pictures").click()
+        expect(page.locator("#prompt")).to_be_visible()
 
 
 # ---- people -----------------------------------------------------------------------------------------------
