@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -52,6 +53,19 @@ def recorded_config(store: Store) -> dict[str, Any]:
         JobConflict: the record is damaged.
     """
     return dict(_recorded(store)["config"])
+
+
+def check_versions(store: Store) -> None:
+    """Refuse to work, in this process, for a job that was started with other software than is installed here.
+
+    Raises:
+        JobConflict: naming what differs.
+    """
+    job: dict[str, str] = _recorded(store)["versions"]
+    if odd := [
+        f"{n} {version(n)} here, {job.get(n)} in the job" for n in VERSIONS if version(n) != job.get(n)
+    ]:
+        raise JobConflict(f"{socket.gethostname()} has other software than the job: {'; '.join(odd)}")
 
 
 def refuse_foreign(store: Store) -> None:

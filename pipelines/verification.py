@@ -189,7 +189,7 @@ class _Shard:
 
 
 def _images(path: str, data: bytes, contents: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
-    """Id and SHA-256 of every picture in a data part, whatever its layout."""
+    """Id and SHA-256 of every picture, or of its latents, in a data part of any layout."""
     if path.endswith(".tar"):
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             members = {m.name: tar.extractfile(m) for m in tar.getmembers()}
@@ -207,13 +207,16 @@ def _images(path: str, data: bytes, contents: Mapping[str, bytes]) -> Iterator[t
     else:
         rows = _parquet_rows(data)
     for row in rows:
-        own = row["image"]["bytes"] if "image" in row else contents[f"{dirname(path)}/{row['file_name']}"]
+        if "file_name" in row:
+            own = contents[f"{dirname(path)}/{row['file_name']}"]
+        else:
+            own = row["latents"] if "latents" in row else row["image"]["bytes"]
         yield row["id"], hashlib.sha256(own).hexdigest()
 
 
 def _parquet_rows(data: bytes) -> Iterator[dict[str, Any]]:
     file = pq.ParquetFile(io.BytesIO(data))
-    wanted = [name for name in ("id", "image", "file_name") if name in file.schema_arrow.names]
+    wanted = [name for name in ("id", "image", "latents", "file_name") if name in file.schema_arrow.names]
     for batch in file.iter_batches(batch_size=16, columns=wanted):
         yield from batch.to_pylist()
 

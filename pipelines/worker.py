@@ -27,6 +27,7 @@ from diffray.model.tickets import Result
 from .attempts import Attempts
 from .commit import Commit, Origin, commit_path, read_commit, write_commit
 from .config import JobConfig, ModelOptions
+from .fingerprint import check_versions
 from .index import thumbnail
 from .lock import check_owner
 from .models import Models
@@ -82,11 +83,12 @@ class Worker:
         watchdog: notices when the engine hangs.
 
     Raises:
-        JobConflict: the model is not the one that the job's other workers have.
+        JobConflict: software or model are not those of the job's other workers.
     """
 
     def __init__(self, task: Task, store: Store, models: Models, meter: Meter | None = None) -> None:
         self._config, self._run, self._store = task.config, task.run, store
+        check_versions(store)
         began = time.monotonic()
         models.fetch(task.model)
         fetched = time.monotonic()

@@ -143,8 +143,10 @@ def _drive(place: Place, job: str, plan: list[str], dice: random.Random, played:
 def _kill(victim: str, driver: subprocess.Popen[bytes], place: Place, logs: Path, before: int) -> bool:
     """Whether there was such a victim."""
     if victim in ("driver", "terminate", "interrupt"):
-        number = {"driver": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[victim]
-        driver.send_signal(number)
+        if victim == "interrupt":
+            os.killpg(driver.pid, signal.SIGINT)  # Ctrl-C in a terminal reaches every process there
+        else:
+            driver.send_signal(signal.SIGKILL if victim == "driver" else signal.SIGTERM)
         driver.wait(PATIENCE)
         return True
     if victim == "engine":

@@ -170,7 +170,8 @@ def test_ctrl_c_exits_130_and_releases_the_output(
 
 
 @pytest.mark.slow
-def test_sigterm_exits_143_and_the_job_can_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", ["terminate", "interrupt"])
+def test_sigterm_exits_143_and_ctrl_c_130_and_the_job_can_go_on(tmp_path: Path, stop: str) -> None:
     table = tmp_path / "p.csv"
     table.write_text("prompt,n\nSLOW,200\n")
     launcher = tmp_path / "launch.py"
@@ -182,17 +183,24 @@ def test_sigterm_exits_143_and_the_job_can_go_on(tmp_path: Path) -> None:
         "from diffray.cli import main; main()\n"
     )
     command = [sys.executable, launcher, "generate", table, tmp_path / "o", "--shard-images", "5"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ, start_new_session=True
+    )
     try:
         until = time.monotonic() + 280
         while not list((tmp_path / "o/_diffray/commits").glob("*.json")):
             assert time.monotonic() < until, "no shard was committed"
             time.sleep(0.1)
     finally:
-        process.send_signal(signal.SIGTERM)
+        if stop == "terminate":
+            process.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to Ray's processes as well
         _, error = process.communicate()
+    code, word = (143, "terminated") if stop == "terminate" else (130, "interrupted")
     assert (process.returncode, error.splitlines()[-1]) == (
-        143,
-        "diffray: terminated; run the same command to go on",
+        code,
+        f"diffray: {word}; run the same command to go on",
     )
+    assert job_status(str(tmp_path / "o")).owner is None
     assert job_status(str(tmp_path / "o")).phase == "stopped"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import AccountingError, JobConflict, JobError
-from diffray.pipelines import JobConfig, Store
+from diffray.pipelines import JobConfig, Store, fingerprint
 from diffray.pipelines.commit import Rejected, write_commit
 from diffray.pipelines.models import Models
 from diffray.pipelines.plan import read_shard
@@ -211,3 +211,17 @@ def test_a_damaged_record_is_never_taken_for_absent(place: Place) -> None:
         with pytest.raises(JobConflict, match="damaged"):
             place.job(table)
         path.write_text(whole)
+
+
+def test_a_worker_with_other_software_refuses(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's environment and a node's may differ; pictures of two versions must not mix."""
+
+    def elsewhere(
+        config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
+    ) -> Iterator[tuple[int, int]]:
+        actual = fingerprint.version
+        monkeypatch.setattr(fingerprint, "version", lambda name: "0.0" if name == "torch" else actual(name))
+        yield from in_process(config, number, store, models, shares)
+
+    with pytest.raises(JobConflict, match=r"other software than the job: torch 0\.0 here, \d"):
+        place.run(place.config(place.write(TABLE)), generate=elsewhere)

@@ -52,6 +52,15 @@ def test_a_whole_dataset_is_proven(place: Place, layout: str) -> None:
     assert found.files >= 5
 
 
+def test_latents_are_proven(place: Place) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 48), "red").save(place.path / "a.png")
+    place.job(place.write("image\na.png\n"), task="encode")
+    found = verify(Store(str(place.path / "out")))
+    assert (found.images, found.faults) == (1, ())
+
+
 def damages(out: Path, layout: str) -> list[Path]:
     """Every file that a commit record names."""
     records = sorted((out / "_diffray/commits").glob("*.json"))
