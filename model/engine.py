@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError, InvalidRequest
-from .images import mask_tensor, rgb, to_image
+from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError
+from .images import pasted, to_image
 from .latents import checked_latents, checked_size, decode, latents_of, ordinary, picture_of
 from .precision import exact_float32
-from .preparation import Prepared, prepare, refinement, second_pass, table_for
+from .preparation import Prepared, checked, prepare, second_pass
 from .queue import Queue
 from .request import ImageRequest
-from .rows import Rows
+from .rows import Rows, default_batch_size, default_rows
 from .slots import Bucket, Slot, advance
 from .tickets import Result, Ticket
 
@@ -190,20 +190,8 @@ class Engine:
 
     def _checked(self, request: ImageRequest) -> Ticket:
         """The ticket of a request that fits the model, as far as can be told without running a network."""
-        model, resolved = self.model, request.resolved(self.model.config)
-        second = refinement(resolved, model.config)
-        steps = table_for(model, resolved).steps
-        if second is not None:
-            try:
-                steps += table_for(model, second).steps
-            except InvalidRequest as error:
-                raise InvalidRequest(f"hires_{error.field}", error.reason) from error
-        model.text.tokenize(resolved.prompt)
-        model.text.tokenize(resolved.negative_prompt or "", "negative_prompt")
-        most = min(tower.layers - tower.layer for tower in model.config.text) - 1
-        if resolved.clip_skip > most:
-            raise InvalidRequest("clip_skip", f"got {resolved.clip_skip}, this model allows 0..{most}")
-        return Ticket(resolved, steps=steps, _model=model, _withdrawn=self._queue.withdrawn)
+        resolved, steps = checked(self.model, request)
+        return Ticket(resolved, steps=steps, _model=self.model, _withdrawn=self._queue.withdrawn)
 
     # ---- running ------------------------------------------------------------------------------------------
 
@@ -443,49 +431,12 @@ class Engine:
             image = self._attempt(ticket, "decode", lambda: to_image(decode(self.model, latents)))
             if image is None:
                 return
-            if request.paste_back and request.mask is not None:
-                image = _pasted(image, request)
+            if request.paste_back and request.mask is not None and request.init_image is not None:
+                image = pasted(image, request.init_image, request.mask)
         else:
             kept = ordinary(latents)
         ticket._lap("decode")
         self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings), self.rows))
-
-
-LARGE = 1_500_000_000
-"""Parameters above which a network is of SDXL's size, not of SD 1's."""
-
-
-def default_batch_size(model: Model) -> int:
-    """Images per batch where throughput has levelled off: 16 for SD 1 and 2 sized networks on an accelerator,
-    8 for larger ones; on a CPU 8 for small networks and 1 for real ones, which are bound by arithmetic."""
-    parameters = _parameters(model)
-    if model.device.type == "cpu":
-        return 8 if parameters < 50_000_000 else 1
-    return 16 if parameters < LARGE else 8
-
-
-def default_rows(model: Model, batch_size: int) -> int:
-    """Rows per network call, two for each image with guidance, where throughput has levelled off.
-
-    On a CPU 16, with a single thread 8 (benchmarks/README.md has the figures). On an accelerator SD 1 and 2
-    take all images at once; of SDXL, 8 rows keep it busy, and a lone image is not padded to 16.
-    """
-    most = 2 * batch_size
-    if model.device.type == "cpu":
-        return min(most, 8 if torch.get_num_threads() == 1 else 16)
-    return most if _parameters(model) < LARGE else min(most, 8)
-
-
-def _parameters(model: Model) -> int:
-    return sum(p.numel() for p in model.unet.parameters())
-
-
-def _pasted(image: Image.Image, request: ImageRequest) -> Image.Image:
-    """`image` where the mask repaints, the source's own pixels elsewhere."""
-    assert request.init_image is not None
-    assert request.mask is not None
-    mask = mask_tensor(request.mask, *image.size)[0].mul(255).byte().numpy()
-    return Image.composite(image, rgb(request.init_image, *image.size), Image.fromarray(mask))
 
 
 def _own(error: Exception, what: str, request: ImageRequest | None = None) -> Exception:

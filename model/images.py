@@ -58,6 +58,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
 
 
+def pasted(image: Image.Image, source: Image.Image, mask: Image.Image) -> Image.Image:
+    """`image` where the mask repaints, the source's own pixels elsewhere."""
+    repaint = mask_tensor(mask, *image.size)[0].mul(255).byte().numpy()
+    return Image.composite(image, rgb(source, *image.size), Image.fromarray(repaint))
+
+
 def to_image(pixels: Tensor) -> Image.Image:
     """The PIL image of [3, H, W] in [-1, 1]; values outside are clamped.
 

@@ -58,6 +58,28 @@ class Prepared:
         return (*self.x.shape, len(self.conditioning.branches[0].context))
 
 
+def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int]:
+    """A request resolved against the model, and its steps in all passes.
+
+    Raises:
+        InvalidRequest: it does not fit the model, as far as can be told without running a network.
+    """
+    resolved = request.resolved(model.config)
+    second = refinement(resolved, model.config)
+    steps = table_for(model, resolved).steps
+    if second is not None:
+        try:
+            steps += table_for(model, second).steps
+        except InvalidRequest as error:
+            raise InvalidRequest(f"hires_{error.field}", error.reason) from error
+    model.text.tokenize(resolved.prompt)
+    model.text.tokenize(resolved.negative_prompt or "", "negative_prompt")
+    most = min(tower.layers - tower.layer for tower in model.config.text) - 1
+    if resolved.clip_skip > most:
+        raise InvalidRequest("clip_skip", f"got {resolved.clip_skip}, this model allows 0..{most}")
+    return resolved, steps
+
+
 @torch.inference_mode()
 def prepare(model: Model, request: ImageRequest, generator: torch.Generator | None = None) -> Prepared:
     """Encode text and source images, draw the initial noise, build the sampler table.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .conditioning import Branch
+
+if TYPE_CHECKING:
+    from .load import Model
 
 PROOFS = 3
 """Calls that must agree bit for bit before a shorter call is trusted."""
@@ -16,6 +20,8 @@ REFUTED = -1
 CHANGE = "the last bits of images may differ from those made before (see Result.rows)"
 
 log = logging.getLogger("diffray.model")
+LARGE = 1_500_000_000
+"""Parameters above which a network is of SDXL's size, not of SD 1's."""
 
 
 class Rows:
@@ -112,3 +118,28 @@ class Rows:
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
     return torch.stack(present) if present else None
+
+
+def default_batch_size(model: Model) -> int:
+    """Images per batch where throughput has levelled off: 16 for SD 1 and 2 sized networks on an accelerator,
+    8 for larger ones; on a CPU 8 for small networks and 1 for real ones, which are bound by arithmetic."""
+    parameters = _parameters(model)
+    if model.device.type == "cpu":
+        return 8 if parameters < 50_000_000 else 1
+    return 16 if parameters < LARGE else 8
+
+
+def default_rows(model: Model, batch_size: int) -> int:
+    """Rows per network call, two for each image with guidance, where throughput has levelled off.
+
+    On a CPU 16, with a single thread 8 (benchmarks/README.md has the figures). On an accelerator SD 1 and 2
+    take all images at once; of SDXL, 8 rows keep it busy, and a lone image is not padded to 16.
+    """
+    most = 2 * batch_size
+    if model.device.type == "cpu":
+        return min(most, 8 if torch.get_num_threads() == 1 else 16)
+    return most if _parameters(model) < LARGE else min(most, 8)
+
+
+def _parameters(model: Model) -> int:
+    return sum(p.numel() for p in model.unet.parameters())
