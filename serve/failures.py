@@ -48,7 +48,8 @@ def _invalid_body(error: RequestValidationError) -> Refusal:
     if first["type"] == "json_invalid":
         return Refusal(400, "invalid_json", "the body is not valid JSON")
     field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
-    return Refusal(422, "invalid_value", f"{field or 'body'}: {first['msg']}", field=field or None)
+    reason = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+    return Refusal(422, "invalid_value", f"{field or 'body'}: {reason}", field=field or None)
 
 
 class Failures:

@@ -42,6 +42,8 @@ async def made(
 ) -> list[Made]:
     """All pictures of a body. After an interruption: those that were finished, and the others as far as they came.
 
+    An interruption before anything can be seen is a refusal.
+
     Raises:
         InvalidRequest, GenerationError, Refusal: as `Service.make`.
     """
@@ -55,7 +57,7 @@ async def made(
                 elif event.preview:
                     previews[index] = event.preview
     except Refusal as refusal:
-        if refusal.code != "interrupted":
+        if refusal.code != "interrupted" or not (finished or previews):
             raise
     pictures = []
     for index in range(len(wanted.works)):

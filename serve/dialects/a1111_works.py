@@ -18,7 +18,8 @@ from .a1111_settings import Settings
 from .inpainting import Fit, Inpainting, fitted, inpainting
 from .parts import check_area, client_names, flat, seeds
 
-PREVIEW_EVERY = 4
+PREVIEW_EVERY = 2
+"""Steps; an interruption answers with the last preview."""
 FIELDS = {
     "guidance_scale": "cfg_scale",
     "sampler": "sampler_name",

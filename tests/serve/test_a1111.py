@@ -331,6 +331,20 @@ def wait_for(condition: Any, seconds: float = 10) -> Any:
     raise AssertionError("it did not happen in time")
 
 
+def test_an_interruption_before_anything_can_be_seen(scripted: tuple[webuiapi.WebUIApi, Scripted]) -> None:
+    api, _ = scripted
+    answers: list[Any] = []
+    body = {"prompt": "wait", "steps": 2}
+    thread = threading.Thread(
+        target=lambda: answers.append(requests.post(f"{api.baseurl}/txt2img", json=body))
+    )
+    thread.start()
+    wait_for(lambda: api.get_progress()["state"]["sampling_step"] == 1)
+    api.skip()
+    thread.join(10)
+    assert (answers[0].status_code, answers[0].json()["error"]) == (409, "interrupted")
+
+
 def test_interrupting_nothing(api: webuiapi.WebUIApi) -> None:
     assert api.interrupt() == {}
     assert api.skip() == {}
