@@ -13,9 +13,9 @@ from typing import Any
 import fsspec
 
 ATTEMPTS = 8
-"""Of one S3 request, with botocore's jittered exponential backoff: about half a minute of 503, resets or timeouts."""
+"""Of one S3 request, with botocore's jittered exponential backoff (at most 20 s): about half a minute in all."""
 READS = 3
-"""Of one S3 object whose body breaks off, which botocore leaves to its caller."""
+"""Rounds of these, by s3fs: where a body breaks off, which botocore leaves to its caller, and for 503 and timeouts."""
 _CREDENTIALS = re.compile(r"^[\w+.-]+://[^/@]+@")
 
 

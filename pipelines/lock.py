@@ -12,6 +12,7 @@ host it was. No two clocks are ever compared.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -28,6 +29,8 @@ BEAT = 10.0
 """Seconds between two signs of life."""
 LEASE = 60.0
 """Seconds without one after which an owner is dead."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class Lock:
@@ -131,6 +134,9 @@ def owner(store: Store) -> str | None:
 def _lives(store: Store, last: int) -> bool:
     """Whether owner number `last` gives a sign of life, or ends or is replaced, within its lease."""
     before, until = _read(store, last), time.monotonic() + LEASE
+    _LOG.warning(
+        "%s may be at work for %s; watching for signs of life, %g s at most", owner(store), store.url, LEASE
+    )
     while time.monotonic() < until:
         time.sleep(min(1.0, LEASE / 10))
         now = _read(store, last)

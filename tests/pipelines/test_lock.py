@@ -57,10 +57,13 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(place: Place) 
     assert time.monotonic() - began < lock.LEASE
 
 
-def test_a_silent_owner_elsewhere_is_taken_over_and_a_living_one_is_not(tmp_path: Path) -> None:
+def test_a_silent_owner_elsewhere_is_taken_over_and_a_living_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Store(str(tmp_path))
     store.write("_diffray/locks/00001.json", elsewhere())
     Lock.acquire(store).release()
+    assert "process 7 on elsewhere since then may be at work" in caplog.text
     store.write("_diffray/locks/00003.json", elsewhere())
     stop = threading.Event()
 
