@@ -1,0 +1,101 @@
+"""status, verify, retry-rejected and gc as one types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from diffray.cli.storage import storage_from
+from diffray.pipelines import job as job_module
+from diffray.pipelines import upkeep as upkeep_module
+from tests.cli.test_cli import diffray
+from tests.cli.test_cli import fake as fake
+from tests.cli.test_cli import table as table
+
+
+@pytest.fixture
+def out(table: Path, tmp_path: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished job of one image and one rejected row."""
+    monkeypatch.setattr(upkeep_module, "Models", fake.FakeModels)
+    generate = (job_module.run.__kwdefaults__ or {})["generate"]
+    monkeypatch.setitem(upkeep_module.retry_rejected.__kwdefaults__ or {}, "generate", generate)
+    assert diffray("generate", table, tmp_path / "out")[0] == 0
+    return tmp_path / "out"
+
+
+def test_status_in_words_and_as_json(out: Path) -> None:
+    code, text, _ = diffray("status", out)
+    assert (code, text.splitlines()) == (
+        0,
+        ["2 of 2 images ended, 1 of them rejected", "1 of 1 shards committed; complete"],
+    )
+    code, text, _ = diffray("status", out, "--json")
+    state = json.loads(text)
+    assert (state["planned"], state["images"], state["rejected"], state["ended"]) == (2, 1, 1, 2)
+    (out / "_diffray/SUCCESS.json").unlink()
+    assert diffray("status", out)[1].splitlines()[1:] == [
+        "1 of 1 shards committed; stopped",
+        "run its command again to go on",
+    ]
+
+
+def test_verify_and_repair(out: Path, table: Path) -> None:
+    code, text, _ = diffray("verify", out)
+    assert (code, text.startswith("1 images and 1 rejected rows in 1 shards; ")) == (0, True)
+    assert text.endswith("all as recorded\n")
+    part = out / "data/part-00000.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    code, text, _ = diffray("verify", out)
+    assert code == 1
+    assert text.splitlines()[0] == (
+        f"damaged: data/part-00000.parquet: {len(whole) - 1} bytes, {len(whole)} recorded"
+    )
+    assert json.loads(diffray("verify", out, "--json")[1])["damaged"] == [0]
+    code, text, _ = diffray("verify", out, "--repair")
+    assert (code, text.splitlines()[-1]) == (1, "1 shards taken back; run the job's command again")
+    assert diffray("generate", table, out)[0] == 0
+    assert part.read_bytes() == whole
+    assert diffray("verify", out)[0] == 0
+
+
+def test_retry_rejected(out: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diffray("retry-rejected", out)[1].startswith("1 images, 1 still rejected, ")
+    monkeypatch.setattr(fake.FakeEngine, "poisonous", False)
+    assert diffray("retry-rejected", out)[1].startswith("2 images, 0 still rejected, ")
+    assert diffray("retry-rejected", out)[1] == f"nothing to do: no row of {out} is rejected\n"
+    assert diffray("verify", out)[0] == 0
+
+
+def test_gc(out: Path) -> None:
+    orphan = out / "data/part-00004.parquet"
+    orphan.write_bytes(b"x")
+    assert diffray("gc", out)[1] == "0 orphans deleted\n"
+    os.utime(orphan, (time.time() - 2 * 86400,) * 2)
+    assert diffray("gc", out, "--dry-run")[1] == "data/part-00004.parquet\n1 orphans found\n"
+    assert diffray("gc", out)[1] == "data/part-00004.parquet\n1 orphans deleted\n"
+    assert not orphan.exists()
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "retry-rejected", "gc"])
+def test_an_output_without_a_job_exits_1(tmp_path: Path, command: str) -> None:
+    code, _, error = diffray(command, tmp_path)
+    assert (code, error) == (1, f"diffray: {tmp_path} holds no planned diffray job\n")
+
+
+def test_storage_options() -> None:
+    given = ["s3.region_name=eu-west-1", "s3://a.b/c.anon=true", "gs.token=anon"]
+    assert storage_from(given, "http://x:9000", "lab", False) == {
+        "s3": {"endpoint_url": "http://x:9000", "profile": "lab", "region_name": "eu-west-1"},
+        "s3://a.b/c": {"anon": True},
+        "gs": {"token": "anon"},
+    }
+    assert storage_from(None, None, None, True) == {"s3": {"anon": True}}
+    assert storage_from(None, None, None, False) == {}
+    code, _, error = diffray("status", "out", "--storage", "secret=sesame")
+    assert (code, "expected PROTOCOL.OPTION=VALUE" in error, "sesame" in error) == (2, True, False)
