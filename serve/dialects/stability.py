@@ -26,9 +26,13 @@ STATUSES = {422: 400}
 """Statuses that this API has another one for."""
 NAMES = {"invalid_value": "bad_request", "invalid_json": "bad_request", "content_filtered": "invalid_prompts"}
 """What this API calls a refusal that we call otherwise."""
-IMAGE = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
-V1_ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": bodies.Artifacts, "content": IMAGE}}
-V2_ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": bodies.Picture, "content": IMAGE}}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+V1_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"model": bodies.Artifacts, "content": {"image/png": BINARY}}
+}
+V2_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"model": bodies.Picture, "content": dict.fromkeys(MEDIA_TYPES.values(), BINARY)}
+}
 SOURCE = "PNG, JPEG or WebP. *"
 Prepared = Callable[[ModelCard], list[Work]]
 

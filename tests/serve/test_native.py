@@ -18,7 +18,7 @@ from PIL import Image
 from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import read_provenance
 from diffray.serve.config import ServeConfig, Store
-from diffray.serve.dialects.native_bodies import Generation
+from diffray.serve.dialects.native_bodies import ImagesBody
 
 from .ask import Answer, ask, connect
 from .live import Live, live
@@ -59,10 +59,10 @@ def finished(url: str, job: str) -> dict[str, Any]:
 def test_the_body_has_every_field_of_a_request() -> None:
     own = {"model", "n", "format", "quality", "timeout", "stream", "preview_every"}
     missing = {"init_latents", "output"}
-    assert set(Generation.model_fields) - own == {f.name for f in fields(ImageRequest)} - missing
+    assert set(ImagesBody.model_fields) - own == {f.name for f in fields(ImageRequest)} - missing
     for field in fields(ImageRequest):
         if field.name not in missing | {"seed", "crop"}:
-            assert Generation.model_fields[field.name].default == field.default, field.name
+            assert ImagesBody.model_fields[field.name].default == field.default, field.name
 
 
 def test_pixels_are_those_of_the_engine(service_app: Live) -> None:
