@@ -52,7 +52,9 @@ def sample(
     """Make one picture."""
     with reported(context):
         from diffray.model import Engine, ImageRequest, load_model
+        from diffray.model.encoding import format_of
         from diffray.pipelines import request_from
+        from diffray.pipelines.models import shown_name
 
         fields = request_fields(
             steps=steps,
@@ -65,8 +67,10 @@ def sample(
             set=set,
         )
         request: ImageRequest = request_from({"prompt": prompt, "seed": seed, **fields})
+        format_of(output)  # before anything is loaded
         engine = Engine(load_model(model, device=device, dtype=dtype))
-        engine.generate([request])[0].save(output)
+        name, checksum = shown_name(model), engine.model.checksum
+        engine.generate([request])[0].save(output, model=name, model_checksum=checksum)
         typer.echo(output)
 
 

@@ -24,6 +24,7 @@ from xml.sax.saxutils import escape, unescape
 
 from PIL import Image, PngImagePlugin
 
+from .errors import InvalidRequest
 from .infotext import infotext
 from .request import ImageRequest
 
@@ -127,14 +128,23 @@ def save_image(image: Image.Image, request: ImageRequest, path: Any, **options: 
     """Write a picture to `path` in the format that its ending names; `options` are those of `encode_image`.
 
     Raises:
-        ValueError: another ending than .png, .jpg, .jpeg or .webp.
+        InvalidRequest: an ending that names none.
+    """
+    data = encode_image(image, request, format=format_of(path), **options)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def format_of(path: Any) -> Format:
+    """The format that a file name's ending names.
+
+    Raises:
+        InvalidRequest: it names none.
     """
     ending = PurePath(path).suffix.lower()
     if ending not in FORMATS:
-        raise ValueError(f"{path}: allowed endings are {', '.join(FORMATS)}")
-    data = encode_image(image, request, format=FORMATS[ending], **options)
-    with open(path, "wb") as file:
-        file.write(data)
+        raise InvalidRequest("path", f"got {str(path)!r}, allowed endings are {', '.join(FORMATS)}")
+    return FORMATS[ending]
 
 
 def read_provenance(data: bytes) -> Provenance:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from .encoding import save_image
 from .errors import GenerationError
 from .preview import preview_image
 from .request import ImageRequest
@@ -37,11 +38,14 @@ class Result:
     timings: dict[str, float]
     rows: int = 0
 
-    def save(self, path: Any) -> None:
-        """Write the picture to `path`."""
+    def save(self, path: Any, **options: Any) -> None:
+        """Write the picture to `path` as PNG, JPEG or WebP, with how it was made inside.
+
+        `options` are those of `encode_image`: `quality`, and name and checksum of the model.
+        """
         if self.image is None:
             raise GenerationError("save: this result holds latents, not an image")
-        self.image.save(path)
+        save_image(self.image, self.request, path, **options)
 
 
 @dataclass(slots=True, eq=False)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffray.model import ImageRequest
+from diffray.model import ImageRequest, InvalidRequest
 from diffray.model.encoding import (
     COMPOSITE,
     FORMATS,
@@ -167,7 +167,7 @@ def test_saving_goes_by_the_ending(picture: Image.Image, tmp_path: Path) -> None
         path = tmp_path / f"x{ending.upper()}"
         save_image(picture, request(), path, model="m")
         assert path.read_bytes() == encode_image(picture, request(), format=format, model="m")
-    with pytest.raises(ValueError, match="allowed endings"):
+    with pytest.raises(InvalidRequest, match="allowed endings"):
         save_image(picture, request(), tmp_path / "x.gif")
 
 
