@@ -115,6 +115,7 @@ def write_commit(
 
     Raises:
         AccountingError: the outcomes are not exactly the shard's images, once each.
+        JobConflict: another worker committed it meanwhile, and not the same.
     """
     by_id = {outcome.image.id: outcome for outcome in outcomes}
     if len(by_id) != len(outcomes) or by_id.keys() != {image.id for image in shard.images}:
@@ -140,8 +141,15 @@ def write_commit(
         timings=timings,
         origin=origin,
     )
-    store.put_if_absent(commit_path(number), (json.dumps(asdict(commit), indent=1) + "\n").encode())
-    return commit
+    if store.put_if_absent(commit_path(number), (json.dumps(asdict(commit), indent=1) + "\n").encode()):
+        return commit
+    first = read_commit(store, number)  # of a worker that was thought dead
+    if first.files != commit.files:
+        raise JobConflict(
+            f"{store.path(commit_path(number))}: another worker committed this shard with other files; "
+            f"`diffray verify --repair` takes it back"
+        )
+    return first
 
 
 def proven_totals(store: Store, plan: Plan) -> tuple[dict[str, int], list[Commit]]:

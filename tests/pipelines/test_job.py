@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import AccountingError, JobConflict, JobError
-from diffray.pipelines import JobConfig, Store, fingerprint
-from diffray.pipelines.commit import Rejected, write_commit
+from diffray.pipelines import JobConfig, Store, fingerprint, repair
+from diffray.pipelines.commit import Output, Rejected, write_commit
 from diffray.pipelines.models import Models
 from diffray.pipelines.plan import read_shard
 from diffray.pipelines.worker import Share
@@ -173,12 +173,24 @@ def test_outcomes_that_are_not_the_shard_are_refused(place: Place) -> None:
     store = Store(str(place.path / "out"))
     shard = read_shard(store, 0)
     verdicts = [Rejected(image, "generate", None, "why", 1) for image in shard.images]
-    from diffray.pipelines.commit import Output
-
-    output = Output("png", False, "m", "c")
+    output = Output("png", "parquet", "m", "c")
     for wrong in (verdicts[:-1], [*verdicts, verdicts[0]]):
         with pytest.raises(AccountingError, match="shard 0"):
             write_commit(store, 0, shard, wrong, output, {})
+
+
+def test_a_shard_that_two_workers_commit_is_the_first_ones(place: Place) -> None:
+    place.job(place.write(TABLE))
+    store, output = Store(str(place.path / "out")), Output("png", "parquet", "m", "c")
+    (place.path / "out/_diffray/commits/00000.json").unlink()
+    shard = read_shard(store, 0)
+    verdicts = [Rejected(image, "generate", None, "why", 1) for image in shard.images]
+    first = write_commit(store, 0, shard, verdicts, output, {"seconds": 1})
+    assert write_commit(store, 0, shard, verdicts, output, {"seconds": 2}) == first
+    verdicts[0] = Rejected(shard.images[0], "generate", None, "another reason", 1)
+    with pytest.raises(JobConflict, match="another worker committed this shard with other files"):
+        write_commit(store, 0, shard, verdicts, output, {"seconds": 3})
+    assert repair(store).damaged == [0]
 
 
 @pytest.mark.parametrize("damage", ["commit", "data", "extra"])
