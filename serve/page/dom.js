@@ -30,7 +30,10 @@ export const button = (name, text, onclick) =>
 /** A canvas's picture as a PNG blob. */
 export const pngOf = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 
-export const seconds = (value) => (value < 60 ? `${value.toFixed(1)} s` : `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`);
+export function seconds(value) {
+  if (value < 60) return `${value < 10 ? value.toFixed(1) : Math.round(value)} s`;
+  return `${Math.floor(value / 60)} min ${Math.floor(value % 60)} s`;
+}
 
 /** A blob's bytes as base64. */
 export async function encoded(blob) {

@@ -46,7 +46,7 @@ export class History {
     }
     this.entries.unshift(entry);
     let bytes = 0;
-    const kept = this.entries.findIndex((one, index) => index >= MOST || (index > 0 && (bytes += size(one)) > BYTES));
+    const kept = this.entries.findIndex((one, index) => index >= MOST || ((bytes += size(one)) > BYTES && index > 0));
     if (kept > 0) for (const old of this.entries.slice(kept)) await this.remove(old.id);
     return entry;
   }

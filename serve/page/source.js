@@ -88,7 +88,7 @@ export class Source {
     byId("source").hidden = !this.canvas;
     byId("source-choose").hidden = Boolean(this.canvas);
     byId("source-problem").hidden = true;
-    byId("mask-open").querySelector("span").textContent = this.mask ? "Edit the mask" : "Paint a mask";
+    byId("mask-open").querySelector("span").textContent = this.mask ? "Edit mask" : "Paint mask";
     byId("paste-back-row").hidden = !this.mask;
     if (this.canvas) this.#draw();
     this.onchange(this);

@@ -19,7 +19,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-REFUSED = re.compile(r"Failed to load resource: the server responded with a status of 4\d\d|net::ERR_")
+REFUSED = re.compile(r"Failed to load resource: the server responded with a status of [45]\d\d|net::ERR_")
 """What Chromium itself notes about a refused request; the page shows those."""
 SLOW = 60_000
 

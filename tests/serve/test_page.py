@@ -187,7 +187,7 @@ def test_painting_repaints_only_there(page: Page) -> None:
     page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.9, steps=5)
     page.mouse.up()
     page.click("#mask-done")
-    expect(page.locator("#mask-open")).to_have_text("Edit the mask")
+    expect(page.locator("#mask-open")).to_have_text("Edit mask")
     made = web.generate(page, "a large red circle on a blue background", strength=1, seed=5)
     left, right = (made.crop(side) for side in ((0, 0, 28, 64), (34, 4, 62, 60)))
     assert left.getcolors() == [(28 * 64, BLUE)]  # kept exactly
@@ -262,6 +262,26 @@ def test_an_error_is_shown_at_its_control_and_goes_when_it_is_mended(page: Page)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("refuse 429", r"Try again in \d+ s\.$"),
+        ("refuse 503", r"^\w.+\.$"),
+        ("late", r"could not be made"),
+        ("fail", r"could not be made"),
+    ],
+)
+def test_refusals_and_failures_are_told_in_words(chromium: Browser, prompt: str, words: str) -> None:
+    with live(ServeConfig(log="off"), Scripted) as service, web.visit(chromium, service.url) as page:
+        page.fill("#prompt", prompt)
+        page.click("#generate")
+        expect(page.locator("#problem")).to_have_text(re.compile(words))
+        expect(page.locator("#generate")).to_have_attribute("aria-disabled", "false")
+        if prompt == "late":
+            expect(page.locator(".tile figcaption")).to_contain_text("Stopped after")
+
+
+@pytest.mark.slow
 def test_a_service_that_went_away_is_told_in_words(chromium: Browser) -> None:
     with live(ServeConfig(log="off")) as gone, web.visit(chromium, gone.url) as page:
         page.route("**/v1/**", lambda route: route.abort())
@@ -328,10 +348,26 @@ def test_history_keeps_the_source_and_the_mask(page: Page) -> None:
     page.reload()
     page.locator("#history-list button").first.click()
     page.get_by_role("button", name="Reuse settings").click()
-    expect(page.locator("#mask-open")).to_have_text("Edit the mask")
+    expect(page.locator("#mask-open")).to_have_text("Edit mask")
     assert page.locator("#strength").input_value() == "0.9"
     page.get_by_role("button", name="Use as source").click()
-    expect(page.locator("#mask-open")).to_have_text("Paint a mask")
+    expect(page.locator("#mask-open")).to_have_text("Paint mask")
+
+
+@pytest.mark.slow
+def test_history_is_bounded(page: Page) -> None:
+    kept = page.evaluate("""async () => {
+        const { History } = await import("/page/history.js");
+        const history = await new History().open();
+        for (let i = 0; i < 90; i++) await history.add({ at: i, parameters: {}, blob: new Blob(["x"]) });
+        const large = new Blob([new Uint8Array(40 * 2 ** 20)]);
+        const many = (await new History().open()).entries.map(entry => entry.at);
+        for (let i = 100; i < 103; i++) await history.add({ at: i, parameters: {}, blob: large });
+        const few = (await new History().open()).entries.map(entry => entry.at);
+        await history.clear();
+        return [many, few];
+    }""")
+    assert kept == [list(range(89, 9, -1)), [102, 101]]
 
 
 @pytest.mark.slow
@@ -449,7 +485,7 @@ def test_it_fits_a_phone_and_is_painted_by_finger(chromium: Browser, service_app
         page.locator("#mask-open").tap()
         page.locator("#easel").tap()
         page.locator("#mask-done").tap()
-        expect(page.locator("#mask-open")).to_have_text("Edit the mask")
+        expect(page.locator("#mask-open")).to_have_text("Edit mask")
 
 
 @pytest.mark.slow
