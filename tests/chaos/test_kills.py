@@ -66,7 +66,7 @@ def test_a_node_dies_and_another_one_joins(place: Place, cluster: Any) -> None:
     def kill() -> None:
         while len(list((place.path / "out/_diffray/commits").glob("*"))) < 2:
             time.sleep(0.05)
-        safe.append(committed_seeds(place))
+        safe.append(committed_seeds(Store(str(place.path / "out"))))
         cluster.remove_node(nodes[0], allow_graceful=False)
         cluster.add_node(num_cpus=1)
 
