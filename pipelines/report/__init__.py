@@ -72,7 +72,7 @@ def _write_pages(
     alike: int | None,
 ) -> None:
     """What people look at: the same bytes for the same dataset."""
-    models = [shown_name(config.model.source)]
+    models = [name or shown_name(options.source) for name, options in config.every_model.items()]
     if config.contact_sheet and found.shown:
         store.write(sheet.NAME, sheet.contact_sheet(found.shown, config.contact_sheet))
     if config.gallery and totals["images"]:

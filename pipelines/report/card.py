@@ -117,7 +117,7 @@ def _table(refused: Sequence[Refusals]) -> str:
 def _provenance(config: JobConfig) -> str:
     fields = ", ".join(f"`{_code(name)}` {_cell(str(value))}" for name, value in config.defaults.items())
     return (
-        f"Job seed {config.seed}"
+        f"Task `{config.task}`, job seed {config.seed}"
         + (f", by default {fields}" if fields else "")
         + ". Every image file says itself how it was made and that it is synthetic (infotext, IPTC digital source "
         "type). `_diffray/` holds the plan, one commit record per shard and the checksums of all files."
