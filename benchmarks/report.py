@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from diffray.serve.bench import HEAD
+from diffray.serve.bench import table as served_table
+
 from .job import JOB
 from .pairing import RESULTS
 
@@ -25,10 +28,13 @@ def table(folder: Path = RESULTS) -> str:
     for kind in sorted({one["kind"] for one in found}):
         here = [one for one in found if one["kind"] == kind]
         parts.append(_machine(here[0]["machine"]))
+        served, here = [one for one in here if "loads" in one], [one for one in here if "ratios" in one]
         if rows := [row for one in here if JOB not in one["ratios"] for row in _paired(one)]:
             parts.append(_table(PAIRED, rows))
         if rows := [row for one in here if JOB in one["ratios"] for row in _jobs(one)]:
             parts.append(_table(JOBS, rows))
+        for one in served:
+            parts += [_served(one), _table(HEAD, [list(cells) for cells in served_table(one["loads"])])]
     return "\n\n".join(parts) or "No results yet."
 
 
@@ -54,6 +60,16 @@ def _jobs(one: dict[str, Any]) -> Iterator[list[str]]:
         percent = {key: 100 * (value - 1) for key, value in found.items()}
         spread = f"{percent['median']:+.1f} % [{percent['low']:+.1f}, {percent['high']:+.1f}]"
         yield [one["name"], what, f"{bare:.4g}", f"{job:.4g}", spread, _distance(one, JOB), _drift(one)]
+
+
+def _served(one: dict[str, Any]) -> str:
+    plan = one["plan"]
+    sizes = " or ".join(f"{width}x{height}" for width, height in plan["sizes"])
+    steps = " or ".join(map(str, plan["steps"]))
+    return (
+        f"`{one['name']}`: {sizes} in {steps} steps; capacity {one['capacity']:.2f} images/s, "
+        f"{one['alone']:.2f} s alone, goodput within {one['deadline']:.2f} s; drift {_drift(one)}."
+    )
 
 
 def _interval(found: dict[str, float] | None) -> str:

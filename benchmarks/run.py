@@ -1,4 +1,4 @@
-"""Measure: `python -m benchmarks.run unet|vae|image|queue|curve|job|all [--model embedded|sd15|sdxl]`."""
+"""Measure: `python -m benchmarks.run unet|vae|image|queue|curve|job|serve|all [--model embedded|sd15|sdxl]`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from diffray.serve.load import Plan
+
 from . import job
 from .cases import CASES, Settings
 from .models import load
 from .pairing import RESULTS, Effort, Measurement
+from .serving import Served, serving
 
 SIDES = {"embedded": 64, "sd15": 512, "sdxl": 1024}
 ALL = ("unet", "vae", "image", "queue", "job")
@@ -35,13 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _measured(name: str, options: argparse.Namespace) -> Iterator[Measurement]:
+def _measured(name: str, options: argparse.Namespace) -> Iterator[Measurement | Served]:
     quick = options.quick
     effort = Effort(2, 0.0) if quick else Effort(options.blocks, options.seconds)
     size = options.size or SIDES.get(options.model, 512)
     if name == "job":
         count = 2 if quick else options.requests
         yield job.overhead(options.model, size, 1 if quick else options.steps, count, options.batch, effort)
+        return
+    if name == "serve":
+        yield _serving(options, size)
         return
     settings = Settings(
         size=size,
@@ -58,9 +64,23 @@ def _measured(name: str, options: argparse.Namespace) -> Iterator[Measurement]:
     yield from CASES[name](pair, settings)
 
 
+def _serving(options: argparse.Namespace, size: int) -> Served:
+    """Two sizes and three step counts, every load for `--seconds`, which has to be many answers."""
+    plan = Plan(
+        sizes=((size, size), (size, size * 3 // 4)),
+        steps=(options.low, options.steps, options.high),
+        shares=(0.8,) if options.quick else (0.4, 0.7, 0.9),
+        seconds=3.0 if options.quick else options.seconds,
+    )
+    turns = 1 if options.quick else 3
+    return serving(
+        options.model, plan, device=options.device, dtype=options.dtype, batch=options.batch, turns=turns
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("case", choices=(*CASES, "job", "all"))
+    parser.add_argument("case", choices=(*CASES, "job", "serve", "all"))
     parser.add_argument("--model", default="embedded", help="embedded, sd15, sdxl, or a diffusers folder")
     parser.add_argument("--size", type=int, help="side in pixels; default is the model's own")
     parser.add_argument("--steps", type=int, default=20)
@@ -77,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     parser.add_argument("--threads", type=int, help="torch's CPU threads")
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=1.0, help="least seconds of one sample")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="least seconds of one sample; of one load (serve)"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="smoke: two short blocks, nothing written")
     return parser

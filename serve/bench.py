@@ -26,6 +26,8 @@ SLACK = 5.0
 """The deadline that is not given, in mean latencies of an idle service."""
 NO_LIMITS = Limits(cost=1e9, queue_cost=1e9, queue_images=10**6, images_at_once=10**6, seconds=3600.0)
 """Everything waits: a refused request has no latency that could be compared."""
+WARM = 3
+"""Requests to a fresh service that nobody counts."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
 
@@ -53,13 +55,18 @@ class Outcome:
         return [load.summary(self.deadline) for load in self.loads]
 
     def raw(self) -> dict[str, Any]:
-        """Everything as plain values: the figures, and every request's times under "answers"."""
+        """Everything as plain values: the figures, and when every request was due and ended, in seconds."""
         values = {name: getattr(self, name) for name in ("capacity", "alone", "deadline", "batch")}
-        answers = [
-            [[round(a.due, 4), round(a.ended, 4), a.status] for a in load.answers] for load in self.loads
+        loads = [
+            row
+            | {
+                "due": [round(answer.due, 3) for answer in load.answers],
+                "ended": [round(answer.ended, 3) for answer in load.answers],
+                "status": [answer.status for answer in load.answers],
+            }
+            for row, load in zip(self.rows(), self.loads, strict=True)
         ]
-        rows = [row | {"answers": times} for row, times in zip(self.rows(), answers, strict=True)]
-        return {"plan": asdict(self.plan), **values, "loads": rows}
+        return {"plan": asdict(self.plan), **values, "loads": loads}
 
 
 async def measure_service(
@@ -72,9 +79,11 @@ async def measure_service(
     """
     async with Target(url, key) as target:
         latency, most = await _idle(target, plan, say)
-        loads: dict[tuple[str, float], Load] = {}
-        await measure(target, plan, AS_IT_IS, loads, most, 0, say)
-        return _outcome(plan, most, latency, None, loads)
+        loads = [Load(way=AS_IT_IS, share=share, rate=share * most) for share in plan.shares]
+        for load in loads:
+            say(f"{load.rate:.2f} requests/s ...")
+            await measure(target, plan, load, 0)
+        return Outcome(plan, most, latency, plan.deadline or SLACK * latency, None, loads)
 
 
 async def compare(
@@ -82,9 +91,9 @@ async def compare(
 ) -> Outcome:
     """Measure the three ways of serving `model`, each in a service of its own in this process, over HTTP.
 
-    Every turn sends the same requests at the same times to each way, and the next turn takes the ways in the other
-    order, so that a slow minute of the machine does not hit one way alone. One at a time gets an engine for single
-    images, which pays for no padding.
+    At each share the ways follow each other, under the same requests at the same times, and in the next turn in the
+    other order, so that a slow minute of the machine does not hit one of them alone. One at a time gets an engine for
+    single images, which pads nothing.
     """
     async with serving(model, Engines) as (target, batch):
         plan = replace(plan, outstanding=max(plan.outstanding, 3 * batch))
@@ -94,13 +103,15 @@ async def compare(
         REQUEST_LEVEL: (model, lambda config: Batches(config, batch)),
         STEP_LEVEL: (model, Engines),
     }
-    loads: dict[tuple[str, float], Load] = {}
+    loads = [Load(way=way, share=share, rate=share * most) for share in plan.shares for way in ways]
     for turn in range(turns):
-        for way, (entry, backend) in list(ways.items())[:: -1 if turn % 2 else 1]:
-            async with serving(entry, backend) as (target, size):
-                await alone(target, plan)
-                await measure(target, plan, way, loads, most, turn, say, batch=size)
-    return _outcome(plan, most, latency, batch, loads)
+        for load in loads[:: -1 if turn % 2 else 1]:
+            entry, backend = ways[load.way]
+            say(f"turn {turn + 1} of {turns}: {load.rate:.2f} requests/s, {load.way} ...")
+            async with serving(entry, backend) as (target, load.batch):
+                await alone(target, plan, WARM)
+                await measure(target, plan, load, turn)
+    return Outcome(plan, most, latency, plan.deadline or SLACK * latency, batch, loads)
 
 
 @asynccontextmanager
@@ -160,11 +171,6 @@ async def _idle(target: Target, plan: Plan, say: Callable[[str], None]) -> tuple
     most = await capacity(target, plan)
     say(f"  {most:.3f} images/s")
     return latency, most
-
-
-def _outcome(plan: Plan, most: float, latency: float, batch: int | None, loads: dict[Any, Load]) -> Outcome:
-    ordered = sorted(loads.values(), key=lambda load: load.share)  # ways stay in their order
-    return Outcome(plan, most, latency, plan.deadline or SLACK * latency, batch, ordered)
 
 
 HEAD = ("load", "served", "p50, s", "p90, s", "p99, s", "goodput", "images/s", "batch", "requests", "refused")

@@ -11,7 +11,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -167,14 +167,14 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     return times
 
 
-async def alone(target: Target, plan: Plan) -> list[float]:
+async def alone(target: Target, plan: Plan, count: int = ALONE) -> list[float]:
     """Latencies of requests that nothing else runs beside; one before them, which warms up, is left out.
 
     Raises:
         Refusal: the service does not answer, or refuses requests like these.
     """
     times = [time.perf_counter()]
-    for _, body in zip(range(ALONE + 1), requests(plan, plan.seed), strict=False):
+    for _, body in zip(range(count + 1), requests(plan, plan.seed), strict=False):
         status = await target.make(body)
         if status == 0:
             raise Refusal(503, "unreachable", "the service does not answer")
@@ -227,29 +227,16 @@ async def offer(target: Target, plan: Plan, times: Sequence[float], seed: int) -
     return answers
 
 
-async def measure(
-    target: Target,
-    plan: Plan,
-    way: str,
-    loads: dict[tuple[str, float], Load],
-    most: float,
-    turn: int,
-    say: Callable[[str], None],
-    *,
-    batch: int | None = None,
-) -> None:
-    """Add the answers at every share of `most` images per second to `loads`.
+async def measure(target: Target, plan: Plan, load: Load, turn: int) -> None:
+    """Offer `load` once more and add the answers to it.
 
-    A turn has the same requests at the same times for every way.
+    A turn has the same requests at the same times for every way of serving.
     """
-    for number, share in enumerate(plan.shares):
-        load = loads.setdefault((way, share), Load(way=way, share=share, rate=share * most, batch=batch))
-        seed = plan.seed + 2 + turn * len(plan.shares) + number
-        say(f"{way}, {load.rate:.2f} requests/s ...")
-        before = await target.steps()
-        answers = await offer(target, plan, arrivals(load.rate, plan.seconds, seed), seed)
-        after = await target.steps()
-        load.answers += answers
-        load.seconds += max(answer.ended for answer in answers)
-        load.steps += after[0] - before[0]
-        load.occupied += after[1] - before[1]
+    seed = plan.seed + 2 + turn * len(plan.shares) + plan.shares.index(load.share)
+    before = await target.steps()
+    answers = await offer(target, plan, arrivals(load.rate, plan.seconds, seed), seed)
+    after = await target.steps()
+    load.answers += answers
+    load.seconds += max(answer.ended for answer in answers)
+    load.steps += after[0] - before[0]
+    load.occupied += after[1] - before[1]

@@ -187,7 +187,7 @@ def test_the_command_compares_three_ways_under_the_same_requests(tmp_path: Path)
     assert [load["way"] for load in (one, batches, steps)] == [
         "one at a time", "request-level batching", "step-level batching"
     ]  # fmt: skip
-    assert len({tuple(sorted(answer[0] for answer in load["answers"])) for load in found["loads"]}) == 1
+    assert len({tuple(sorted(load["due"])) for load in found["loads"]}) == 1
     assert all(load["made"] == load["requests"] > 3 for load in found["loads"])
     assert one["occupancy"] * one["batch"] == pytest.approx(1.0)
     assert steps["occupancy"] * steps["batch"] > 1.0
