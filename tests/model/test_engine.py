@@ -124,6 +124,15 @@ def test_calls_that_are_not_full_make_the_same_bytes() -> None:
         assert [content(engine.generate([request])[0]) for request in MIXED] == wanted
 
 
+def test_a_list_is_begun_with_its_longest_images() -> None:
+    """Then eleven steps on two places take six ticks; in the order asked, seven."""
+    requests = [ask(steps=steps, seed=steps, output="latents") for steps in (1, 2, 3, 5)]
+    engine = make(batch_size=2)
+    results = engine.generate(requests)
+    assert [result.request.steps for result in results] == [1, 2, 3, 5]
+    assert engine.network.calls == 6
+
+
 def test_order_does_not_matter() -> None:
     results = make().generate(MIXED[::-1])[::-1]
     assert [content(result) for result in results] == [alone(index) for index in range(len(MIXED))]
