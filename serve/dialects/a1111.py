@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from PIL import Image
 
 from diffray.model import InvalidRequest
@@ -70,7 +70,7 @@ def _add_generation(routes: APIRouter, service: Service, kept: Kept) -> None:
         wanted = await asyncio.to_thread(works, card, settings)
         with client_names(FIELDS):
             pictures = await made(service, http, client, wanted, card, settings)
-        return JSONResponse(generated(body, pictures, card).model_dump())
+        return Response(generated(body, pictures, card).model_dump_json(), media_type="application/json")
 
     @routes.post("/txt2img", response_model=bodies.Generated)
     async def txt2img(http: Request, body: bodies.TextToImage) -> Response:

@@ -26,7 +26,7 @@ SCHEDULERS: tuple[tuple[str, str], ...] = (
 )
 """AUTOMATIC1111's names and labels of the schedules that the engine has."""
 UPSCALERS = ("None", "Lanczos", "Nearest")
-LATENT_UPSCALE_MODES = ("Latent", "Latent (nearest-exact)")
+LATENT_UPSCALE_MODES = ("Latent", "Latent (nearest)", "Latent (nearest-exact)")
 CONSTANT: dict[str, Any] = {
     "sd-vae": [],
     "hypernetworks": [],

@@ -37,6 +37,7 @@ FIELDS = {
 UPSCALES = {
     "Latent": "latent",
     "Latent (nearest-exact)": "latent-nearest",
+    "Latent (nearest)": "latent-nearest",  # what infotexts call it
     "Lanczos": "lanczos",
     "None": "lanczos",  # AUTOMATIC1111 resizes with Lanczos then, too
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from diffray.model.encoding import MEDIA_TYPES
 
@@ -136,7 +136,7 @@ async def _answer(service: Service, http: Request, client: Client, wanted: Asked
         usage=usage(wanted, len(finished)),
         safety_identifier=wanted.safety_identifier,
     )
-    return JSONResponse(answer.model_dump(exclude_none=True))
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
 async def _data(http: Request, finished: Finished, wanted: Asked) -> bodies.ImageData:

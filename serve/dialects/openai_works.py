@@ -15,7 +15,7 @@ from diffray.model.request import MAX_SIDE
 
 from ..work import ModelCard, Work
 from . import openai_bodies as bodies
-from .parts import alpha_mask, area_size, check_area, client_names, covering, seeds, solver
+from .parts import alpha_mask, area_size, check_area, client_names, covering, flat, seeds, solver
 
 Body = bodies.Generation | bodies.Edit | bodies.Variation
 STEPS = {"low": 0.5, "high": 1.5, "hd": 1.5, "xhigh": 2.0, "max": 2.0}
@@ -182,13 +182,13 @@ def _of_source(body: Body, card: ModelCard, size: tuple[int, int] | None, source
     """The fields of a picture to start from, scaled to the size of the image that is made."""
     strength = body.strength if isinstance(body, bodies.FromImage) else None
     if size is None or card.task == "upscale":
-        return {"init_image": source.image, "strength": strength}
-    image = covering(source.image, *size)
+        return {"init_image": flat(source.image), "strength": strength}
     if source.mask is None:
-        return {"init_image": image, "strength": strength}
+        return {"init_image": covering(flat(source.image), *size), "strength": strength}
     # Within a mask an edit replaces; what is outside keeps its pixels.
     strength = 1.0 if strength is None else strength
     mask = covering(source.mask, *size)
+    image = covering(source.image, *size)
     return {"init_image": image, "mask": mask, "strength": strength, "paste_back": True}
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from PIL import Image
+from pydantic import BaseModel
 
 from diffray.model.encoding import MEDIA_TYPES
 
@@ -82,7 +83,6 @@ def _add_v1(routes: APIRouter, service: Service) -> None:
     )
     async def masking(http: Request, engine_id: str) -> Response:
         """An image repainted where a mask says."""
-        await service.client(http)
         body, files = await read_form(http, bodies.Masking, ("init_image", "mask_image"))
 
         def prepared(card: ModelCard) -> list[Work]:
@@ -99,7 +99,6 @@ def _add_v1(routes: APIRouter, service: Service) -> None:
     )
     async def image_to_image(http: Request, engine_id: str) -> Response:
         """Images from an image."""
-        await service.client(http)
         body, files = await read_form(http, bodies.ImageToImage, ("init_image",))
         return await answer(
             http,
@@ -147,11 +146,10 @@ def _add_v2(routes: APIRouter, service: Service) -> None:
         if "application/json" not in http.headers.get("accept", ""):
             return _image(finished, body.output_format)
         seed, data = finished.request.seed, base64_text(finished.data)
-        return JSONResponse(bodies.Picture(image=data, seed=seed).model_dump())
+        return _json(bodies.Picture(image=data, seed=seed))
 
     async def generate(http: Request) -> Response:
         """An image from a prompt, or from an image and a prompt."""
-        await service.client(http)
         body, files = await read_form(http, bodies.Generate, ("image",))
 
         def prepared(card: ModelCard) -> list[Work]:
@@ -179,7 +177,6 @@ def _add_v2(routes: APIRouter, service: Service) -> None:
     )
     async def inpaint(http: Request) -> Response:
         """An image repainted where a mask is white."""
-        await service.client(http)
         body, files = await read_form(http, bodies.Inpaint, ("image", "mask"))
 
         def prepared(card: ModelCard) -> list[Work]:
@@ -207,4 +204,8 @@ def _image(finished: Finished, format: Any) -> Response:
 
 def _artifacts(finished: list[Finished]) -> Response:
     artifacts = [bodies.Artifact(base64=base64_text(f.data), seed=f.request.seed) for f in finished]
-    return JSONResponse(bodies.Artifacts(artifacts=artifacts).model_dump())
+    return _json(bodies.Artifacts(artifacts=artifacts))
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import threading
@@ -127,6 +128,49 @@ def test_hires_fix(api: webuiapi.WebUIApi) -> None:
     assert parse_infotext(result.info["infotexts"][0])["Hires upscale"] == "1.5"
     resized = api.txt2img(prompt="a star", seed=1, enable_hr=True, hr_resize_x=96, hr_resize_y=96, **SMALL)
     assert resized.image.size == (96, 96)
+
+
+def test_what_an_infotext_says_can_be_asked_again(api: webuiapi.WebUIApi) -> None:
+    """Every label that our infotexts have is one that the API takes."""
+    for upscaler in ("Latent", "Latent (nearest-exact)", "Lanczos"):
+        first = api.txt2img(
+            prompt="a star",
+            seed=3,
+            enable_hr=True,
+            hr_scale=1.5,
+            hr_upscaler=upscaler,
+            sampler_name="UniPC",
+            scheduler="Beta",
+            denoising_strength=0.6,
+            **SMALL,
+        )
+        said = api.png_info(first.image).json["parameters"]
+        again = api.txt2img(
+            prompt=said["Prompt"],
+            seed=int(said["Seed"]),
+            steps=int(said["Steps"]),
+            cfg_scale=float(said["CFG scale"]),
+            width=int(said["Size-1"]),
+            height=int(said["Size-2"]),
+            sampler_name=said["Sampler"],
+            scheduler=said["Schedule type"],
+            enable_hr=True,
+            hr_scale=float(said["Hires upscale"]),
+            hr_upscaler=said["Hires upscaler"],
+            denoising_strength=float(said["Denoising strength"]),
+        )
+        assert np.array_equal(pixels(first.image), pixels(again.image))
+
+
+def test_the_asynchronous_client(api: webuiapi.WebUIApi) -> None:
+    async def both() -> list[Any]:
+        return await asyncio.gather(
+            *(api.txt2img(prompt="a star", seed=seed, use_async=True, **SMALL) for seed in (1, 2))
+        )
+
+    first, second = asyncio.run(both())
+    assert np.array_equal(pixels(first.image), pixels(api.txt2img(prompt="a star", seed=1, **SMALL).image))
+    assert not np.array_equal(pixels(first.image), pixels(second.image))
 
 
 def test_img2img_is_the_engine_s_image(api: webuiapi.WebUIApi) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import time
@@ -129,6 +130,24 @@ def test_compression_makes_smaller_files(api: openai.OpenAI) -> None:
 
 def pictures_bytes(answer: Any) -> bytes:
     return base64.b64decode(answer.data[0].b64_json)
+
+
+def test_many_at_once_are_the_same_as_one_by_one(service_app: Live) -> None:
+    """Strangers share every step; nobody's picture changes."""
+
+    async def asked(client: openai.AsyncOpenAI, seed: int) -> str | None:
+        body = {"seed": seed, "num_inference_steps": 2 + seed % 3, "guidance_scale": 1 + seed % 2}
+        answer = await client.images.generate(prompt=f"a star {seed}", size="32x32", extra_body=body)
+        return answer.data[0].b64_json if answer.data else None
+
+    async def both() -> tuple[list[str | None], list[str | None]]:
+        async with openai.AsyncOpenAI(base_url=f"{service_app.url}/v1", api_key="any") as client:
+            together = await asyncio.gather(*(asked(client, seed) for seed in range(8)))
+            return list(together), [await asked(client, seed) for seed in range(8)]
+
+    together, alone = asyncio.run(both())
+    assert together == alone
+    assert len(set(together)) == 8
 
 
 def test_an_edit_keeps_what_the_mask_does_not_open(api: openai.OpenAI) -> None:
