@@ -22,8 +22,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(batch.generate)
+for command in batch.task_commands():
+    app.command()(command)
 app.command()(batch.run)
+app.command()(batch.plan)
+app.command()(batch.schema)
 app.command()(upkeep.status)
 app.command()(upkeep.verify)
 app.command()(upkeep.retry_rejected)

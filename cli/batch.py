@@ -1,27 +1,15 @@
-"""Commands for batch jobs: generate, run."""
+"""Commands for batch jobs: one per task, and run, plan and schema for job files."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .fields import (
-    Device,
-    Dtype,
-    Guidance,
-    Height,
-    Model,
-    Negative,
-    Sampler,
-    Schedule,
-    Set,
-    Steps,
-    Width,
-    request_fields,
-)
+from .options import job_command
 from .outcome import reported
-from .storage import Anonymous, Endpoint, Profile, Storage, storage_from
 
 if TYPE_CHECKING:
     from diffray.pipelines import JobConfig
@@ -29,81 +17,90 @@ if TYPE_CHECKING:
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Go on although the last owner may still be alive.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be made; write nothing.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first rows.")]
+Rate = Annotated[float | None, typer.Option(help="Images per second of the whole job, to estimate its time.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Load the model and make a few images, to estimate the job's time.")
+]
+
+TASKS = {
+    "generate": "Make images of prompts: one per row of INPUT, or several.",
+    "augment": "Make variants of the pictures in INPUT, their labels carried along.",
+    "inpaint": "Repaint one side of a mask in every picture of INPUT, and keep the other.",
+    "outpaint": "Continue every picture of INPUT beyond its sides.",
+    "edit": "Change every picture of INPUT as its prompt says, with an instruct-pix2pix model.",
+    "upscale": "Make every picture of INPUT larger, with a x4 upscaler or by image-to-image.",
+    "encode": "Turn every picture of INPUT into latents of the model's autoencoder, for training sets.",
+    "decode": "Turn latents back into pictures.",
+}
 
 
-def generate(
-    context: typer.Context,
-    input: Annotated[
-        str, typer.Argument(help="CSV, TSV, JSONL, Parquet or text; a file, folder, glob or URL.")
-    ],
-    output: Annotated[str, typer.Argument(help="Folder or URL of the dataset; a second run resumes it.")],
-    model: Model = "embedded",
-    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt", "-n")] = 1,
-    seed: Annotated[int, typer.Option(help="Mixed with each image's id where its row gives no seed.")] = 0,
-    steps: Steps = None,
-    width: Width = None,
-    height: Height = None,
-    guidance_scale: Guidance = None,
-    sampler: Sampler = None,
-    schedule: Schedule = None,
-    negative_prompt: Negative = None,
-    set: Set = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_size: Annotated[int | None, typer.Option(help="Images denoised together.")] = None,
-    actors: Annotated[int | None, typer.Option(help="At most this many engines.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to connect to.")] = None,
-    shard_images: Annotated[int, typer.Option(help="Images per shard, at most.")] = 100,
-    format: Annotated[str, typer.Option(help="png, jpeg or webp.")] = "png",
-    quality: Annotated[int, typer.Option(help="Of jpeg and webp, 1..100.")] = 92,
-    images: Annotated[
-        str, typer.Option(help="Where images go: parquet, or files beside a table.")
-    ] = "parquet",
-    take_over: TakeOver = False,
-    endpoint: Endpoint = None,
-    profile: Profile = None,
-    anonymous: Anonymous = False,
-    storage: Storage = None,
-) -> None:
-    """Make one image per row of INPUT (or several) and write the dataset to OUTPUT."""
-    with reported(context):
-        from diffray.pipelines import JobConfig
-
-        fields = request_fields(
-            steps=steps,
-            width=width,
-            height=height,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            schedule=schedule,
-            negative_prompt=negative_prompt,
-            set=set,
-        )
-        values: dict[str, Any] = {
-            "input": input,
-            "output": output,
-            "model": {"source": model, "device": device, "dtype": dtype, "batch_size": batch_size},
-            "defaults": fields,
-            "images_per_prompt": images_per_prompt,
-            "seed": seed,
-            "encoding": {"format": format, "quality": quality, "layout": images},
-            "shards": {"images": shard_images},
-            "workers": {"actors": actors, "address": address},
-            "storage": storage_from(storage, endpoint, profile, anonymous),
-        }
-        _run(JobConfig.checked(values), take_over)
+def task_commands() -> list[Callable[..., None]]:
+    """The commands that make datasets from INPUT, OUTPUT and flags."""
+    extra = {"dry_run": DryRun, "rate": Rate, "take_over": TakeOver}
+    return [job_command(task, help, _start, extra) for task, help in TASKS.items()]
 
 
 def run(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help="YAML file with the keys of a job.")],
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    rate: Rate = None,
     take_over: TakeOver = False,
 ) -> None:
     """Run the job that a YAML file describes."""
     with reported(context):
+        config = _read(job, limit)
+        if dry_run:
+            _show(config, rate=rate)
+        else:
+            _run(config, take_over)
+
+
+def plan(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help="YAML file with the keys of a job.")],
+    limit: Limit = None,
+    rate: Rate = None,
+    measure: Measure = False,
+) -> None:
+    """Say what a job would make, and how long it would take; write nothing, start no Ray."""
+    with reported(context):
+        _show(_read(job, limit), rate=rate, measure=measure)
+
+
+def schema() -> None:
+    """Print the JSON schema of job files, for editors."""
+    from diffray.pipelines import job_schema
+
+    typer.echo(json.dumps(job_schema(), indent=2))
+
+
+def _read(job: str, limit: int | None) -> JobConfig:
+    from diffray.pipelines import JobConfig
+
+    config = JobConfig.from_yaml(job)
+    return config if limit is None else config.model_copy(update={"limit": limit})
+
+
+def _start(context: typer.Context, values: dict[str, Any], own: Mapping[str, Any]) -> None:
+    with reported(context):
         from diffray.pipelines import JobConfig
 
-        _run(JobConfig.from_yaml(job), take_over)
+        config = JobConfig.checked(values)
+        if own["dry_run"]:
+            _show(config, rate=own["rate"])
+        else:
+            _run(config, own["take_over"])
+
+
+def _show(config: JobConfig, *, rate: float | None = None, measure: bool = False) -> None:
+    from diffray.pipelines import preview
+
+    for line in preview(config, rate=rate, measure=measure).lines():
+        typer.echo(line)
 
 
 def _run(config: JobConfig, take_over: bool) -> None:

@@ -1,4 +1,4 @@
-"""The options that several commands share: the model, and the fields of a request."""
+"""The options that commands for one picture share: the model, and the fields of a request."""
 
 from __future__ import annotations
 
@@ -22,9 +22,19 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Any other request 
 def request_fields(*, set: list[str] | None, **named: Any) -> dict[str, Any]:
     """Request fields from named options and from `--set`, without those that were not given."""
     fields = {name: value for name, value in named.items() if value is not None}
-    for text in set or []:
-        name, equals, value = text.partition("=")
-        if not equals or name in fields:
-            raise typer.BadParameter(f"--set {text}: expected FIELD=VALUE, each field once")
+    for name, value in pairs("--set", set).items():
+        if name in fields:
+            raise typer.BadParameter(f"--set {name}: given twice")
         fields[name] = value
     return fields
+
+
+def pairs(option: str, texts: list[str] | None) -> dict[str, str]:
+    """The values of an option that is repeated as NAME=VALUE."""
+    found: dict[str, str] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in found:
+            raise typer.BadParameter(f"{option} {text}: expected NAME=VALUE, each name once")
+        found[name] = value
+    return found

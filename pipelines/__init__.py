@@ -11,8 +11,10 @@ from . import arrival  # noqa: F401  first of all, it takes the time
 from .config import Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
 from .job import JobResult, run
 from .models import Models, OpenModel
+from .preview import Preview, preview
 from .processor import Processor, ProcessorConfig, build_processor
 from .progress import for_this_terminal
+from .schema import job_schema
 from .status import JobStatus, job_status
 from .store import Store
 from .upkeep import collect, repair, retry_rejected
@@ -29,6 +31,7 @@ __all__ = [
     "ModelOptions",
     "Models",
     "OpenModel",
+    "Preview",
     "Processor",
     "ProcessorConfig",
     "ShardLimits",
@@ -38,7 +41,9 @@ __all__ = [
     "build_processor",
     "collect",
     "for_this_terminal",
+    "job_schema",
     "job_status",
+    "preview",
     "repair",
     "request_from",
     "retry_rejected",

@@ -35,8 +35,8 @@ def read_tar(file: IO[bytes], name: str) -> Iterator[SourceRow]:
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            members = ((_key(member.name), member) for member in archive if not member.isdir())
-            for line, (key, group) in enumerate(groupby(members, key=lambda pair: pair[0]), start=1):
+            groups = groupby(_members(archive), key=lambda pair: pair[0])
+            for line, (key, group) in enumerate(groups, start=1):
                 values: dict[str, Any] = {"__key__": key}
                 try:
                     for _, member in group:
@@ -49,6 +49,20 @@ def read_tar(file: IO[bytes], name: str) -> Iterator[SourceRow]:
         raise InvalidJob(f"input {name}: {error}") from None
 
 
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo | None]]:
+    """Every member with its sample's key; None where a tar that began well breaks off."""
+    key = None
+    try:
+        for member in archive:
+            if not member.isdir():
+                key = _key(member.name)
+                yield key, member
+    except tarfile.ReadError:
+        if key is None:
+            raise
+        yield key, None
+
+
 def _key(path: str) -> str:
     folder, name = split(path)
     stem = name.partition(".")[0]
@@ -56,8 +70,14 @@ def _key(path: str) -> str:
 
 
 def _add(
-    values: dict[str, Any], archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, size: int
+    values: dict[str, Any],
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo | None,
+    name: str,
+    size: int,
 ) -> None:
+    if member is None:
+        raise _BadMember("the tar is cut off here")
     column = split(member.name)[1].partition(".")[2].lower()
     if not column or column in values:
         raise _BadMember(f"member {member.name!r} has {'its ending twice' if column else 'no ending'}")

@@ -47,6 +47,7 @@ class UserColumns:
             output = name
             while (
                 output in OWN_COLUMNS
+                or output in own.names
                 or output in self._names.values()
                 or (output != name and output in self._types)
             ):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from diffray.model.errors import InvalidRequest
 
 from .readers import SourceRow
-from .schemas import OWN_COLUMNS
+from .schemas import OWN_COLUMNS, SOURCE_COLUMN
 from .tasks import LATENTS, Kind
 from .values import REQUEST_COLUMNS, shown
 
@@ -93,15 +93,20 @@ class Columns:
     Args:
         kind: the task.
         names: request field to column.
+        made: fields that a template makes.
         picks_model: whether a column `model` picks one of several models.
 
     Attributes:
         fields: every field that a column may hold.
+        sources: the picture fields that this job reads.
     """
 
-    def __init__(self, kind: Kind, names: Mapping[str, str], *, picks_model: bool) -> None:
+    def __init__(
+        self, kind: Kind, names: Mapping[str, str], made: Collection[str], *, picks_model: bool
+    ) -> None:
         self._kind, self._names = kind, names
-        self.fields = (*REQUEST_COLUMNS, *kind.fields, *kind.takes, *(("model",) if picks_model else ()))
+        self.sources = kind.sources([*names, *made])
+        self.fields = (*REQUEST_COLUMNS, *kind.fields, *self.sources, *(("model",) if picks_model else ()))
         self._source = "latents" if kind.task == "decode" else "init_image"
         self._layout = lru_cache(maxsize=1024)(self._laid_out)
 
@@ -131,18 +136,20 @@ class Columns:
         kept = {"prompt", "negative_prompt", *(LATENTS if self._kind.task == "decode" else ())}
         for field in self.fields:
             columns = self.looked_for(field)
+            if placed and not source:
+                columns = (SOURCE_COLUMN.get(field, field), *columns)
             if source and field == self._source:
                 columns = tuple(c for c in columns if c in MADE) or columns
             elif source and field not in self._names and field not in kept:
                 continue
-            found = tuple(c for c in columns if c in names)
+            found = tuple(c for c in dict.fromkeys(columns) if c in names)
             if len(found) > 1:
                 searched.append((field, found))
             elif found:
                 plain.append((field, found[0]))
         known = {"id", *COUNT_COLUMNS, *(column for _, column in plain)}
         if placed and not source:
-            known |= OWN_COLUMNS
+            known |= OWN_COLUMNS.union(self.fields)
         return _Layout(tuple(plain), tuple(searched), tuple(n for n in names if n not in known))
 
     def _is_source(self, values: Mapping[str, Any]) -> bool:

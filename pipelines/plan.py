@@ -28,7 +28,7 @@ from .carried import UserColumns
 from .columns import COUNT_COLUMNS, Reading, content_hash, text_hash
 from .config import InvalidJob, JobConfig, ShardLimits
 from .rows import PlannedImage, RowRules
-from .settings import SOURCE_COLUMN
+from .schemas import SOURCE_COLUMN
 from .source import Source
 from .store import Store
 from .tables import PlanShard
@@ -200,7 +200,7 @@ class Survey:
                 (derived if key is None else given).append(
                     content_hash(row) if key is None else text_hash(key)
                 )
-        self._check_columns(columns)
+        self._check_columns(columns, placed=placed > 0)
         if 0 < placed < len(given) + len(derived):
             raise InvalidJob(
                 f"{placed} rows name their image by row_id and index, the others do not: use one way"
@@ -236,19 +236,23 @@ class Survey:
         rules = self._rules
         sources = [
             name
-            for name in rules.kind.takes
-            if name in rules.templates or any(column in columns for column in rules.columns.looked_for(name))
+            for name in rules.columns.sources
+            if name in rules.templates
+            or SOURCE_COLUMN.get(name, name) in columns
+            or any(column in columns for column in rules.columns.looked_for(name))
         ]
         fields = [(SOURCE_COLUMN.get(name, name), pa.string()) for name in sources]
         return pa.schema([*fields, *rules.kind.fields.items()])
 
-    def _check_columns(self, columns: Mapping[str, None]) -> None:
+    def _check_columns(self, columns: Mapping[str, None], *, placed: bool) -> None:
         rules, has = self._rules, ", ".join(columns) or "no readable row"
         if not self.rows:
             return
         made = {*rules.defaults, *rules.templates, *(name for v in rules.variants for name in v.values)}
         for name in ("prompt", *rules.kind.needs):
             looked = rules.columns.looked_for(name)
+            if placed:  # diffray wrote them under its own names
+                looked = (*looked, SOURCE_COLUMN.get(name, name))
             if name not in made and not any(column in columns for column in looked):
                 names = looked[:1] if name == "prompt" else looked[:3]
                 raise InvalidJob(f"the input has no column {' or '.join(map(repr, names))}; it has {has}")

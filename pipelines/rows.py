@@ -28,7 +28,8 @@ from diffray.model.request import MAX_PROMPT, MAX_SEED, ImageRequest
 from .blobs import INPUT, BlobError, Reference, below, parsed_reference
 from .columns import COUNT_COLUMNS, Columns, Place, Reading
 from .config import InvalidJob, JobConfig
-from .settings import SOURCE_COLUMN, TEXTS, SettingsOf
+from .schemas import SOURCE_COLUMN
+from .settings import TEXTS, SettingsOf
 from .sweeps import Template, Variant, variants
 from .tasks import KINDS
 from .values import REQUEST_COLUMNS, as_text, integer, shown
@@ -99,7 +100,7 @@ class RowRules:
 
     def __init__(self, config: JobConfig, models: Mapping[str, ModelConfig], root: str) -> None:
         self.kind = KINDS[config.task]
-        self.columns = Columns(self.kind, config.columns, picks_model=bool(config.models))
+        self.columns = Columns(self.kind, config.columns, config.templates, picks_model=bool(config.models))
         self.classes: Mapping[str, Sequence[str]] = {}
         """Column to the names of its class numbers."""
         self._config, self._models = config, models
@@ -119,7 +120,7 @@ class RowRules:
         config, task = self._config, self._config.task
         plain = {*REQUEST_COLUMNS, *self.kind.fields}
         allowed = {
-            "columns": set(self.columns.fields),
+            "columns": {*self.columns.fields, *self.kind.takes},
             "templates": {*TEXTS, *self.kind.takes} - {"latents"},
             "defaults": plain,
         }
@@ -215,7 +216,7 @@ class RowRules:
     def _sources(self, reading: Reading, texts: Mapping[str, Any]) -> dict[str, str]:
         """Field to reference of the source pictures that the row names."""
         sources = {}
-        for name in self.kind.takes:
+        for name in self.columns.sources:
             value = texts.get(name, reading.given.get(name))
             if value is None:
                 continue

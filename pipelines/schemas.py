@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from .tasks import KINDS, PICTURE_FIELDS
 from .tasks import LATENTS as LATENTS_FACTS
 from .values import REQUEST_COLUMNS
 
@@ -34,9 +33,8 @@ LATENTS: Columns = {"latents": pa.binary(), **LATENTS_FACTS}
 They are in the scale of the denoising network: the autoencoder's own, minus its shift, times `latents_scale`.
 """
 VERDICT: Columns = {"stage": pa.string(), "field": pa.string(), "reason": pa.string(), "attempts": pa.int64()}
-SOURCES: Columns = dict.fromkeys((*PICTURE_FIELDS, "source_latents"), pa.string())
-"""References to what an image was made from."""
-TASK_COLUMNS: Columns = {name: kind for task in KINDS.values() for name, kind in task.fields.items()}
+SOURCE_COLUMN = {"latents": "source_latents"}
+"""Columns of references that are not named like their field, because the job's output has one of that name."""
 OWN_COLUMNS = frozenset(
     [
         *ID,
@@ -45,12 +43,10 @@ OWN_COLUMNS = frozenset(
         *MADE,
         *LATENTS,
         *VERDICT,
-        *SOURCES,
-        *TASK_COLUMNS,
         *REQUEST_COLUMNS,
         "image",
         "file_name",
         "image_bytes",
     ]
 )
-"""A user's column of such a name is carried as `input_...`."""
+"""A user's column of such a name is carried as `input_...`; so is one of a field that the job reads."""

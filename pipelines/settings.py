@@ -19,8 +19,6 @@ from .tasks import PICTURE_FIELDS, UPSCALE_STRENGTH, Kind
 from .values import REQUEST_COLUMNS, parsed, shown
 
 TEXTS = ("prompt", "negative_prompt")
-SOURCE_COLUMN = {"latents": "source_latents"}
-"""Columns of references that are not named like their field, because the job's output has one of that name."""
 REMEMBERED = 10_000
 _PER_ROW = frozenset([*TEXTS, "seed", *PICTURE_FIELDS, "latents"])
 

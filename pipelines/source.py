@@ -184,9 +184,9 @@ class Source:
 
     def _listing(self, found: _Found) -> dict[str, Any]:
         digest, total = hashlib.sha256(), 0
-        sizes = self._fs.find(found.root, detail=True)
+        sizes = self._fs.find(found.root, detail=True)  # one listing instead of a question per file
         for path in found.files:
-            size = int(sizes[path]["size"])
+            size = int(sizes[path]["size"] or 0)
             digest.update(f"{self._name(path)}\0{size}\n".encode("utf-8", "surrogateescape"))
             total += size
         return {"name": basename(found.root), "bytes": total, "sha256": digest.hexdigest()}
@@ -218,18 +218,18 @@ def _expanded(fs: Any, path: str) -> _Found:
         raise InvalidJob(f"input {path}: Lance datasets are not read; write them as Parquet first")
     if (wild := _wildcard(path)) >= 0:
         root = dirname(path[:wild] + "x")
-        return _Found(root, [p for p in _visible(root, fs.glob(path)) if _ending(p) in READERS])
+        return _tables_or_pictures(root, list(_visible(root, fs.glob(path))))
     if not fs.isdir(path):
         if not fs.exists(path):
             return _Found(dirname(path), [])
-        _check_ending(path)
-        return _Found(dirname(path), [path])
+        if splitext(path)[1].lower() not in PICTURES:
+            _check_ending(path)
+        return _tables_or_pictures(dirname(path), [path])
     saved = _saved_to_disk(fs, path)
-    return _Found(path, saved) if saved else _folder(fs, path)
+    return _Found(path, saved) if saved else _tables_or_pictures(path, list(_visible(path, fs.find(path))))
 
 
-def _folder(fs: Any, root: str) -> _Found:
-    paths = list(_visible(root, fs.find(root)))
+def _tables_or_pictures(root: str, paths: Sequence[str]) -> _Found:
     tables = [p for p in paths if _ending(p) in READERS]
     pictures = [p for p in paths if splitext(p)[1].lower() in PICTURES]
     if not pictures:

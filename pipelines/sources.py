@@ -18,7 +18,7 @@ from .blobs import BlobError, Blobs, Reference, StructReference
 from .config import JobConfig
 from .pictures import fitted, picture
 from .rows import PlannedImage
-from .settings import SOURCE_COLUMN
+from .schemas import SOURCE_COLUMN
 from .source import input_root
 from .tasks import KINDS
 
@@ -49,7 +49,8 @@ class Sources:
     def __init__(self, config: JobConfig, model: ModelConfig) -> None:
         self._config, self._model = config, model
         self._kind = KINDS[config.task]
-        self._columns = {name: SOURCE_COLUMN.get(name, name) for name in self._kind.takes}
+        sources = self._kind.sources([*config.columns, *config.templates])
+        self._columns = {name: SOURCE_COLUMN.get(name, name) for name in sources}
         self._blobs: Blobs | None = None
 
     def needed(self, image: PlannedImage) -> bool:

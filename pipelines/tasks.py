@@ -14,7 +14,7 @@ decode     and back
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +59,14 @@ class Kind:
         if self.task == "decode":
             return ("latents",)
         return ("init_image",) if self.task == "encode" else PICTURE_FIELDS
+
+    def sources(self, named: Collection[str]) -> tuple[str, ...]:
+        """The picture fields that a job reads, which names some of them itself.
+
+        A mask or depth map that the task does not need is read only where the job names it: else a column of that
+        name is a label like any other.
+        """
+        return tuple(name for name in self.takes if name in {*self.needs, "init_image", *named})
 
     def columns(self, name: str) -> tuple[str, ...]:
         """The columns where a field is looked for unless the job says where it is."""
