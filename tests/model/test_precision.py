@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from diffray.model import load_model
 from diffray.model.precision import exact_float32
+from tests.model import oracle
 
 CUDA = torch.device("cuda")
 
@@ -47,3 +52,22 @@ def test_newer_settings_are_respected() -> None:
 def test_other_devices_change_nothing() -> None:
     with exact_float32(torch.device("cpu")):
         assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_half_precision_is_close_to_full(kind: str) -> None:
+    """Above 35 dB, the bound of Apple's ports to another precision; it is 45 here, and 63 with float16."""
+    ask: dict[str, Any] = {
+        "seed": 4,
+        "steps": 4,
+        "sampler": "dpmpp_2m",
+        "schedule": "karras",
+        "guidance_scale": 3.0,
+    }
+    full = oracle.picture(oracle.model(kind), **ask, **oracle.inputs(kind))
+    half = load_model(str(oracle.folder(kind)), device="cpu", dtype="bfloat16")
+    got = oracle.picture(half, **ask, **oracle.inputs(kind))
+    a, b = (np.asarray(image).astype(float) for image in (full, got))
+    error = float(((a - b) ** 2).mean())
+    assert 10 * math.log10(255**2 / error) > 35
+    assert b.std() > 5
