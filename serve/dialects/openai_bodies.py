@@ -37,7 +37,7 @@ class Common(BaseModel):
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
         None,
         description="Steps, by the model's own number: low is half, high and hd are one and a half, xhigh and "
-        "max twice as many. `num_inference_steps` wins.",
+        "max twice as many; models of at most 8 steps stay. `num_inference_steps` wins.",
     )
     user: str | None = Field(None, description="Accepted, not used.")
     safety_identifier: str | None = Field(None, description="Accepted and returned.")

@@ -20,6 +20,8 @@ from .parts import alpha_mask, area_size, check_area, client_names, covering, fl
 Body = bodies.Generation | bodies.Edit | bodies.Variation
 STEPS = {"low": 0.5, "high": 1.5, "hd": 1.5, "xhigh": 2.0, "max": 2.0}
 """What a quality means: steps over the model's own number."""
+DISTILLED = 8
+"""Models with so few steps are made for just these: a quality does not change them."""
 QUALITIES = {None: "medium", "auto": "medium", "standard": "medium", "hd": "high"}
 """What answers call a quality that they have no name for."""
 FIELDS = {"steps": "num_inference_steps", "schedule": "scheduler", "init_image": "image"}
@@ -193,7 +195,7 @@ def _of_source(body: Body, card: ModelCard, size: tuple[int, int] | None, source
 
 
 def _steps(body: Body, card: ModelCard) -> int | None:
-    if body.num_inference_steps is not None or body.quality not in STEPS:
+    if body.num_inference_steps is not None or body.quality not in STEPS or card.steps <= DISTILLED:
         return body.num_inference_steps
     return max(round(card.steps * STEPS[body.quality]), 1)
 

@@ -7,6 +7,7 @@ import base64
 import io
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from PIL import Image, ImageDraw
 from diffray.model import Engine, ImageRequest, load_model
 from diffray.serve import keys
 from diffray.serve.config import Access, Guardrails, Limits, ServeConfig
+from diffray.serve.dialects.openai_bodies import Generation
+from diffray.serve.dialects.openai_works import asked
 
 from .live import Live, live
 from .scripted import Scripted, encoded
@@ -449,6 +452,17 @@ def test_fields_become_the_request(
     client.images.generate(prompt="a fox", **body)
     (work,) = backend.works
     assert {name: getattr(work.request, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("steps", "quality", "wanted"), [(20, "low", 10), (4, "low", None), (8, "high", None), (9, "high", 14)]
+)
+def test_a_quality_does_not_change_the_steps_of_distilled_models(
+    steps: int, quality: str, wanted: int | None
+) -> None:
+    body = Generation.model_validate({"prompt": "x", "quality": quality})
+    (work,) = asked(body, replace(Scripted().card, steps=steps)).works
+    assert work.request.steps == wanted
 
 
 @pytest.mark.parametrize(
