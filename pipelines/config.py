@@ -27,7 +27,9 @@ class ModelOptions(Strict):
     source: str = "embedded"
     """"embedded", a local path, an fsspec URL or a hub repo id."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     dtype: str = "auto"
+    """auto, float32, float16 or bfloat16."""
     batch_size: int | None = Field(default=None, ge=1)
     """Images denoised together; None lets the engine pick."""
     options: dict[str, Any] = {}
@@ -38,6 +40,7 @@ class Encoding(Strict):
     """How an image becomes bytes, and where the bytes go."""
 
     format: Literal["png", "jpeg", "webp"] = "png"
+    """Of the image files."""
     quality: int = Field(default=92, ge=1, le=100)
     """Of jpeg and webp; webp at 100 is lossless."""
     layout: Literal["parquet", "files", "webdataset"] = "parquet"
@@ -95,6 +98,7 @@ class ShardLimits(Strict):
     """When a shard is full: whichever limit is reached first. A shard is what a crash can cost."""
 
     images: int = Field(default=100, ge=1, le=100_000)
+    """Images at most."""
     work: float = Field(default=2e9, gt=0)
     """Sum of width x height x steps. The default is about 60 SDXL images at 30 steps."""
 

@@ -21,4 +21,6 @@ def job_schema() -> dict[str, Any]:
     }
     for key, names in named.items():
         schema["properties"][key]["propertyNames"] = {"enum": names}
+    actors = schema["$defs"]["Workers"]["properties"]["actors"]
+    actors["anyOf"].append({"type": "string", "pattern": r"^\s*\d+\s*-\s*\d+\s*$"})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "diffray job"}
