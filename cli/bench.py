@@ -32,8 +32,10 @@ def serve(
         str | None, typer.Option(envvar="DIFFRAY_API_KEY", help="For --url.", show_envvar=True)
     ] = None,
     name: Annotated[str | None, typer.Option(help="With --url: the model to ask for.")] = None,
-    sizes: Annotated[str, typer.Option(help="Mix of sizes; each as likely.")] = "64x64",
-    steps: Annotated[str, typer.Option(help="Mix of sampler steps; each as likely.")] = "10,20,40",
+    sizes: Annotated[
+        str | None, typer.Option(help="Mix of sizes, such as 512x512,512x768; the model's own if not given.")
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Mix of sampler steps.")] = "10,20,40",
     shares: Annotated[str, typer.Option(help="Offered loads, as shares of the capacity.")] = "0.5,0.8,0.95",
     seconds: Annotated[float, typer.Option(min=1, help="That each load lasts.")] = 30.0,
     deadline: Annotated[
@@ -64,7 +66,7 @@ def serve(
         from diffray.serve.load import Plan
 
         plan = Plan(
-            sizes=tuple(_size(text) for text in sizes.split(",")),
+            sizes=tuple(_size(text) for text in sizes.split(",")) if sizes else (),
             steps=tuple(_number("--steps", text, int) for text in steps.split(",")),
             shares=tuple(_number("--shares", text, float) for text in shares.split(",")),
             seconds=seconds,

@@ -36,7 +36,8 @@ class Plan:
     """What is asked.
 
     Attributes:
-        sizes, steps: (width, height) and sampler steps; every request draws one of each, all alike likely.
+        sizes, steps: (width, height) and sampler steps; every request draws one of each, all alike likely. No size
+            is the model's own.
         shares: offered load over capacity; above 1 the queue grows for as long as the load lasts.
         seconds: for which each load lasts; then all answers are waited for.
         deadline: seconds within which an answer counts as good; None takes a multiple of an idle service's.
@@ -46,8 +47,8 @@ class Plan:
         seed: the same one makes the same requests at the same times.
     """
 
-    sizes: tuple[tuple[int, int], ...]
     steps: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
     shares: tuple[float, ...] = (0.5, 0.8, 0.95)
     seconds: float = 30.0
     deadline: float | None = None
@@ -153,10 +154,17 @@ def requests(plan: Plan, seed: int) -> Iterator[dict[str, Any]]:
     """Bodies of the plan's mix without end; the same ones for the same seed."""
     rng = random.Random(seed)
     while True:
-        width, height = rng.choice(plan.sizes)
         prompt = f"a {rng.choice(COLOURS)} {rng.choice(SHAPES)} on a {rng.choice(COLOURS)} background"
-        body = {"prompt": prompt, "width": width, "height": height, "steps": rng.choice(plan.steps)}
-        yield {**body, "seed": rng.randrange(2**32), **({"model": plan.model} if plan.model else {})}
+        body: dict[str, Any] = {
+            "prompt": prompt,
+            "steps": rng.choice(plan.steps),
+            "seed": rng.randrange(2**32),
+        }
+        if plan.sizes:
+            body["width"], body["height"] = rng.choice(plan.sizes)
+        if plan.model:
+            body["model"] = plan.model
+        yield body
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
