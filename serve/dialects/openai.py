@@ -58,7 +58,9 @@ def router(service: Service) -> APIRouter:
         """A picture by the URL of an answer, for as long as the service keeps results. The URL is the key."""
         data = await jobs_of(http).published(name)
         return Response(
-            data, media_type=f"image/{name.partition('.')[2]}", headers={"x-content-type-options": "nosniff"}
+            data,
+            media_type=f"image/{name.partition('.')[2]}",
+            headers={"cross-origin-resource-policy": "cross-origin"},  # chat pages show it
         )
 
     @routes.post(

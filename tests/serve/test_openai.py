@@ -411,7 +411,9 @@ def test_keys_rates_budgets_and_blocked_words(tmp_path: Path) -> None:
             with pytest.raises(openai.BadRequestError) as blocked:
                 client.images.generate(prompt="a Forbidden  thing")
             assert (blocked.value.code, blocked.value.param) == ("content_policy_violation", "prompt")
-            client.images.generate(prompt="a fox")
+            made = client.images.generate(prompt="a fox", response_format="url")
+            assert made.data
+            assert requests.get(made.data[0].url or "").headers["content-type"] == "image/png"
             with pytest.raises(openai.RateLimitError) as fast:
                 client.images.generate(prompt="a fox")
             assert fast.value.code == "rate_limit_exceeded"

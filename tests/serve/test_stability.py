@@ -406,3 +406,23 @@ def test_all_dialects_make_the_same_image(service_app: Live) -> None:
         )
         assert answer.data
         assert base64.b64decode(answer.data[0].b64_json or "") == v1.content
+
+
+def test_an_upscaler_gets_the_picture_as_it_is() -> None:
+    """Whatever size a client's API would have it made at."""
+    backend = Scripted(task="upscale", factor=4)
+    with live(ServeConfig(log="off"), lambda config: backend) as running:
+        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any") as client:
+            answer = client.images.create_variation(image=png(scene()))
+            assert answer.size == "256x256"
+        webuiapi.WebUIApi(baseurl=f"{running.url}/sdapi/v1").img2img(images=[scene()], prompt="x")
+        for path, name, data in (
+            ("v1/generation/scripted/image-to-image", "init_image", {"text_prompts[0][text]": "x"}),
+            ("v2beta/stable-image/generate/sd3", "image", {"prompt": "x", "strength": 1}),
+        ):
+            response = requests.post(f"{running.url}/{path}", files={name: png(scene())}, data=data)
+            assert response.status_code == 200, response.text
+    for work in backend.works:
+        assert work.request.init_image is not None
+        assert np.array_equal(pixels(work.request.init_image), pixels(scene()))
+    assert len(backend.works) == 4
