@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from diffray.model.errors import JobConflict, StorageError
+from diffray.model.source import embedded, resolve
 from diffray.pipelines import InvalidJob, JobConfig, Store, job_status, lock, verify
 
 from .conftest import Place, in_process
@@ -31,7 +33,7 @@ def on_s3(s3: S3, url: str, table: str = TABLE, **values: Any) -> JobConfig:
     s3.filesystem().pipe(f"{url.removeprefix('s3://')}/in/prompts.csv", table.encode())
     storage = {"s3": s3.options(config_kwargs={"read_timeout": 1})}
     common = {"input": f"{url}/in/*.csv", "output": f"{url}/out", "storage": storage}
-    return JobConfig.checked({**common, "shards": {"images": 2}, "contact_sheet": 2, "gallery": 2, **values})
+    return JobConfig.checked({**common, "shards": {"images": 2}, "contact_sheet": 0, "gallery": 0, **values})
 
 
 def contents(s3: S3, url: str) -> dict[str, str]:
@@ -48,19 +50,18 @@ def everything(s3: S3, url: str) -> dict[str, bytes]:
 
 def test_a_job_with_input_and_output_on_s3_is_the_one_on_disk(place: Place, s3: S3) -> None:
     url = s3.folder()
-    place.job(place.write(TABLE), shards={"images": 2}, contact_sheet=2, gallery=2)
-    result = place.run(on_s3(s3, url))
+    pages = {"contact_sheet": 2, "gallery": 2}
+    place.job(place.write(TABLE), shards={"images": 2}, **pages)
+    result = place.run(on_s3(s3, url, **pages))
     assert (result.images, result.rejected, result.shards) == (6, 1, 4)
     local = {name: data for name, data in place.bytes().items() if name.startswith(("data/", "rejected/"))}
-    import hashlib
-
     remote = {
         name.partition("/out/")[2]: hashlib.sha256(data).hexdigest()
         for name, data in everything(s3, f"{url}/out").items()
         if "/_diffray/" not in name
     }
     assert {n: d for n, d in remote.items() if n.startswith(("data/", "rejected/"))} == local
-    assert place.run(on_s3(s3, url)).made == 0
+    assert place.run(on_s3(s3, url, **pages)).made == 0
     assert job_status(f"{url}/out", storage=s3.options()).phase == "complete"
     assert verify(Store(f"{url}/out", s3.options())).faults == ()
 
@@ -184,14 +185,35 @@ def test_of_two_drivers_at_once_one_works(place: Place, s3: S3, monkeypatch: pyt
     assert verify(Store(f"{url}/out", s3.options())).faults == ()
 
 
+@pytest.mark.parametrize("fault", ["503", "reset", "truncated"])
+def test_a_model_is_fetched_whole_in_spite_of_faults(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setenv("DIFFRAY_CACHE", str(tmp_path))
+    data = random.Random(1).randbytes(300_000)
+    url = f"{s3.folder()}/model.safetensors"
+    s3.filesystem().pipe(url.removeprefix("s3://"), data)
+    with broken(s3) as (proxy, through):
+        gets = 0
+
+        def once(number: int, method: str, path: str) -> Fault:
+            nonlocal gets
+            gets += method == "GET" and "list-type" not in path
+            return fault if gets == 1 and method == "GET" else None
+
+        proxy.fault = once
+        fetched = resolve(f"{url}#sha256={hashlib.sha256(data).hexdigest()}", through.options())
+        assert proxy.faults() == 1
+    assert fetched.read_bytes() == data
+    assert [path.name for path in tmp_path.rglob("*.part")] == []
+
+
 # The command -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_the_command_with_input_model_and_output_on_s3(tmp_path: Path, s3: S3) -> None:
     """A real process with Ray: the worker gets the options too, and no log holds the secret."""
-    from diffray.model.source import embedded
-
     url, files = s3.folder(), s3.filesystem()
     root = url.removeprefix("s3://")
     files.put(str(embedded()), f"{root}/model/", recursive=True)
