@@ -1,6 +1,7 @@
 /** The painter of the mask: pointer (mouse, pen, finger) and keyboard. White is repainted. */
 
 import { byId } from "./dom.js";
+import { drawMarked, inkOf, maskOf } from "./ink.js";
 
 const UNDO = 20; // strokes that can be taken back
 
@@ -31,7 +32,7 @@ export class Painter {
     const { width, height } = this.source.canvas;
     Object.assign(this.ink, { width, height });
     Object.assign(this.easel, { width, height });
-    if (this.source.mask) this.#read(this.source.mask);
+    if (this.source.mask) this.ink.getContext("2d").drawImage(inkOf(this.source.mask, width, height), 0, 0);
     this.past = [];
     this.dialog.showModal();
     const room = this.easel.parentElement.clientWidth;
@@ -138,22 +139,10 @@ export class Painter {
     brush.globalCompositeOperation = "source-over";
   }
 
-  /** Draw the picture, the ink as a tint, and the cursor of the keyboard. */
+  /** Draw the picture, what is inked, and the cursor of the keyboard. */
   #show() {
-    const { width, height } = this.ink;
-    const tint = document.createElement("canvas");
-    Object.assign(tint, { width, height });
-    const colour = tint.getContext("2d");
-    colour.drawImage(this.ink, 0, 0);
-    colour.globalCompositeOperation = "source-in";
-    colour.fillStyle = "rgb(230 30 110)";
-    colour.fillRect(0, 0, width, height);
     const brush = this.easel.getContext("2d");
-    brush.globalAlpha = 1;
-    brush.drawImage(this.source.canvas, 0, 0);
-    brush.globalAlpha = 0.6;
-    brush.drawImage(tint, 0, 0);
-    brush.globalAlpha = 1;
+    drawMarked(brush, this.source.canvas, this.ink);
     if (this.cursor) this.#ring(brush);
   }
 
@@ -169,26 +158,9 @@ export class Painter {
     }
   }
 
-  /** Take the white of a finished mask as ink. */
-  #read(mask) {
-    const brush = this.ink.getContext("2d");
-    brush.drawImage(mask, 0, 0, this.ink.width, this.ink.height);
-    const pixels = brush.getImageData(0, 0, this.ink.width, this.ink.height);
-    for (let at = 0; at < pixels.data.length; at += 4) pixels.data[at + 3] = pixels.data[at];
-    brush.putImageData(pixels, 0, 0);
-  }
-
-  /** Give the source its mask: black and white; none where nothing is painted. */
+  /** Give the source its mask; none where nothing is painted. */
   #hand() {
-    const { width, height } = this.ink;
-    const canvas = document.createElement("canvas");
-    Object.assign(canvas, { width, height });
-    const brush = canvas.getContext("2d");
-    brush.fillStyle = "#000";
-    brush.fillRect(0, 0, width, height);
-    brush.drawImage(this.ink, 0, 0);
-    const painted = brush.getImageData(0, 0, width, height).data.some((value, at) => at % 4 === 0 && value > 127);
-    this.source.setMask(painted ? canvas : null);
+    this.source.setMask(maskOf(this.ink));
     byId("mask-open").focus();
   }
 }

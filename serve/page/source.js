@@ -1,6 +1,7 @@
 /** The picture that image-to-image starts from: dropped, pasted or chosen, and drawn upright on a canvas. */
 
 import { byId, pngOf } from "./dom.js";
+import { drawMarked, inkOf } from "./ink.js";
 
 const LONGEST = 2048; // pixels of the longer side; more would only make the upload slow
 
@@ -98,8 +99,7 @@ export class Source {
     const { width, height } = this.canvas;
     Object.assign(this.view, { width, height });
     const brush = this.view.getContext("2d", { willReadFrequently: true });
-    brush.drawImage(this.canvas, 0, 0);
-    if (this.mask) brush.drawImage(tinted(this.mask, width, height), 0, 0);
+    drawMarked(brush, this.canvas, this.mask && inkOf(this.mask));
     this.view.setAttribute("aria-label", `The source picture, ${width} × ${height}${this.mask ? ", with a mask" : ""}`);
   }
 
@@ -121,20 +121,5 @@ async function drawn(blob, longest) {
   brush.fillRect(0, 0, canvas.width, canvas.height);
   brush.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
-  return canvas;
-}
-
-/** The white of a mask as a see-through colour over the picture. */
-export function tinted(mask, width, height) {
-  const canvas = document.createElement("canvas");
-  Object.assign(canvas, { width, height });
-  const brush = canvas.getContext("2d", { willReadFrequently: true });
-  brush.drawImage(mask, 0, 0, width, height);
-  const pixels = brush.getImageData(0, 0, width, height);
-  for (let at = 0; at < pixels.data.length; at += 4) {
-    const share = pixels.data[at] / 255;
-    pixels.data.set([230, 30, 110, Math.round(150 * share)], at);
-  }
-  brush.putImageData(pixels, 0, 0);
   return canvas;
 }
