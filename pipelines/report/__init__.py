@@ -75,7 +75,7 @@ def _write_pages(
     models = [name or shown_name(options.source) for name, options in config.every_model.items()]
     if config.contact_sheet and found.shown:
         store.write(sheet.NAME, sheet.contact_sheet(found.shown, config.contact_sheet))
-    if config.gallery and totals["images"]:
+    if config.gallery and found.shown:
         store.write(gallery.NAME, gallery.gallery(found, totals, refused, alike, models))
     columns = list(found.scores) + (["phash"] if len(found.hashes) else [])
     store.write(card.NAME, card.card(config, models, totals, refused, columns, alike).encode())

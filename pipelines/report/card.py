@@ -24,6 +24,7 @@ SIZES = {
 OPENING = {
     "parquet": "Every row has the image in the column `image`, and all parameters that make it again.",
     "files": "Images are files below `data/images/`, each folder with a table of all parameters that make them again.",
+    "latents": "Every row has the latents of an image in the column `latents`, and their shape and type beside it.",
     "webdataset": "The tars in `data/` hold three files of each image: the picture, its parameters (`.json`) and its "
     "prompt (`.txt`).",
 }
@@ -69,7 +70,8 @@ def card(
     if images:
         pictures = ["![Some of the images](contact_sheet.png)"] if config.contact_sheet else []
         pages = ["[gallery.html](gallery.html) shows more; download it and open it in a browser."]
-        parts += [*pictures, *(pages if config.gallery else []), OPENING[config.encoding.layout]]
+        shown = [*pictures, *(pages if config.gallery else [])] if config.task != "encode" else []
+        parts += [*shown, OPENING["latents" if config.task == "encode" else config.encoding.layout]]
     if scores:
         lines = [f"| `{name}` | {COLUMNS.get(name, 'by a scorer of the job')} |" for name in scores]
         parts += ["## Scores", "\n".join(["| column | meaning |", "| --- | --- |", *lines])]
