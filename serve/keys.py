@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from limits import parse
+from pydantic import Field, ValidationError, field_validator
 
 from .config import InvalidConfig, Strict
 
@@ -38,6 +39,13 @@ class Key(Strict):
     images_at_once: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0)
     """Share of the engines beside other clients'."""
+
+    @field_validator("requests", "cost")
+    @classmethod
+    def _rate(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse(value)  # raises ValueError
+        return value
 
 
 class KeyFile(Strict):

@@ -35,6 +35,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from diffray.model import ImageRequest
+
 from .ask import ask, connect, post
 
 IMAGES = "/v1/diffray/images"
@@ -298,12 +300,20 @@ def slowloris(requests: int) -> dict[str, Any]:
     return figures
 
 
+def spoiled(image: Image.Image, request: ImageRequest) -> str | None:
+    """A check of pictures that fails on some."""
+    if request.prompt == "poison":
+        raise MemoryError("a check that fails")
+    return None
+
+
 def poison(requests: int) -> dict[str, Any]:
     """Requests that can only fail run beside good ones, whose files are what they are without them."""
     good = {"prompt": "a red circle", "steps": 4, "seed": 1}
-    bad = {"prompt": "x", "sigmas": [1e5, 1e-5], "guidance_scale": 100.0, "sampler": "ddim", "seed": 2}
+    bad = {"prompt": "poison", "steps": 4}
     late = {"prompt": "x", "steps": 1000, "timeout": 0.05}
-    with served() as service, ThreadPoolExecutor(12) as pool:
+    hook = {"image": ["tests.serve.soak:spoiled"]}
+    with served(guardrails=hook) as service, ThreadPoolExecutor(12) as pool:
         expected = ask(service.url + IMAGES, good, accept="image/png").data
         bodies = [(good, bad, late)[number % 3] for number in range(min(requests, 300))]
         answers = list(pool.map(lambda body: ask(service.url + IMAGES, body, accept="image/png"), bodies))
