@@ -32,7 +32,7 @@ def fingerprint(
     """
     facts = {name: {**asdict(model), "checksum": checksums[name]} for name, model in models.items()}
     values = {
-        "config": config.model_dump(mode="json", exclude=_ELSEWHERE),
+        "config": config.model_dump(mode="json", by_alias=True, exclude=_ELSEWHERE),
         "model": facts if config.models else facts[""],
         "versions": {name: version(name) for name in VERSIONS},
     }

@@ -17,7 +17,7 @@ from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
 from .config import InvalidJob, JobConfig
-from .plan import Plan, planned, read_shard, record_plan, write_shards
+from .plan import Plan, folders, planned, read_shard, record_plan, write_shards
 from .report import SUCCESS
 from .rows import PlannedImage
 from .source import Source
@@ -57,6 +57,7 @@ def grow(
         rejected=plan.rejected + wrote.rejected,
         shards=plan.shards + wrote.shards,
         input=files,
+        folders=folders(config, source),
         models={
             name: [*plan.models.get(name, ()), *wrote.models.get(name, ())]
             for name in {**plan.models, **wrote.models}

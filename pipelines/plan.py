@@ -56,6 +56,8 @@ class Plan:
     """Number of the record."""
     models: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """The shards of each model, where the job has several."""
+    folders: Mapping[str, str | None] = field(default_factory=dict)
+    """Where references lead: below `input`, or below `pictures` if the job names such a folder."""
 
 
 def shard_path(shard: int) -> str:
@@ -103,7 +105,15 @@ def write_plan(store: Store, config: JobConfig, models: Mapping[str, ModelConfig
     wrote = write_shards(store, images, survey.user.schema, config.shards)
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
-    plan = Plan(survey.rows, wrote.images, wrote.rejected, wrote.shards, files, models=wrote.models)
+    plan = Plan(
+        survey.rows,
+        wrote.images,
+        wrote.rejected,
+        wrote.shards,
+        files,
+        models=wrote.models,
+        folders=folders(config, source),
+    )
     record_plan(store, plan)
     return plan
 
@@ -115,6 +125,11 @@ def planned(
     rules = RowRules(config, models, source.root)
     survey = Survey(source, rules)
     return survey, survey.images()
+
+
+def folders(config: JobConfig, source: Source) -> dict[str, str | None]:
+    """`Plan.folders` of a job."""
+    return {"input": source.root, "pictures": config.pictures.root}
 
 
 @dataclass(frozen=True, slots=True)

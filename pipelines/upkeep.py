@@ -148,11 +148,18 @@ def retry_rejected(
         JobConflict: model or software differ from the job's.
     """
     started = time.monotonic()
-    values = {"input": "", "output": output, "workers": dict(workers or {}), "storage": dict(storage or {})}
+    values: dict[str, Any] = {
+        "output": output,
+        "workers": dict(workers or {}),
+        "storage": dict(storage or {}),
+    }
     store = store or Store(output, storage_options(storage or {}, output))
     progress = progress or Silent()
     plan = planned_job(store)
-    config = JobConfig.checked({**recorded_config(store), **values})
+    recorded = recorded_config(store)
+    values["input"] = plan.folders.get("input") or ""
+    values["pictures"] = {**recorded.get("pictures", {}), "root": plan.folders.get("pictures")}
+    config = JobConfig.checked({**recorded, **values})
     models = models or Models(config.storage)
     kinds = {name: models.config(model) for name, model in config.every_model.items()}
     check(store, fingerprint(config, kinds, {n: models.checksum(m) for n, m in config.every_model.items()}))

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffray.pipelines import InvalidJob
+from diffray.pipelines import InvalidJob, retry_rejected
 from diffray.pipelines.rows import derived_seed
 
-from .conftest import Place
+from .conftest import Place, in_process
+from .fake import FakeModels
 
 
 def flat(colour: str = "red", size: tuple[int, int] = (32, 24)) -> Image.Image:
@@ -309,3 +310,15 @@ def test_limit_takes_the_first_rows(place: Place, tmp_path: Path) -> None:
     table = place.write("prompt\na\nb\nc\n")
     assert place.job(table, limit=2).images == 2
     assert [row["prompt"] for row in place.rows()] == ["a", "b"]
+
+
+def test_rejected_rows_are_run_again_with_their_pictures(place: Place) -> None:
+    """The job command alone knows its input; running rejected rows again knows it from the plan."""
+    table = place.write("image,prompt\na.png,x\nb.png,y\n", "in/t.csv")
+    save(place, flat(), "b.png")
+    config = place.config(table, task="augment", sweep={"strength": {"from": 0.5, "to": 1, "step": 0.5}})
+    assert place.run(config).rejected == 2
+    save(place, flat("blue"), "a.png")
+    result = retry_rejected(config.output, models=FakeModels(), generate=in_process)
+    assert (result.images, result.rejected) == (4, 0)
+    assert sum(row["init_image"] == "a.png" for row in place.rows()) == 2
