@@ -100,7 +100,7 @@ def generate_on_ray(
     from ray.exceptions import RayError
 
     with _Cluster(config.workers.address):
-        size = Size(config.workers, config.model.device)
+        size = Size(config.workers, shares[0].model.device)
 
         def launch(model: ModelOptions) -> Any:
             actor = ray.remote(ShardActor).options(**size.options)

@@ -149,7 +149,7 @@ class Blobs:
 
         Raises:
             BlobError: there is no such thing, it is outside the folder, or it is too large.
-            JobError: the storage does not answer.
+            JobError: the storage does not answer, or the input is not what it was when the job was planned.
         """
         inside = text.startswith(INPUT)
         reference = parsed_reference(text.removeprefix(INPUT))
@@ -167,7 +167,7 @@ class Blobs:
             reference.file, inside, lambda fs, path: fs.cat_file(path, start, start + size)
         )
         if len(data) != size:
-            raise BlobError(f"{reference}: the file ends after {len(data)} of {size} bytes")
+            raise _changed(inside, f"{reference}: the file ends after {len(data)} of {size} bytes")
         return bytes(data)
 
     def _file(self, path: str, inside: bool) -> bytes:
@@ -180,7 +180,10 @@ class Blobs:
         return self._patiently(path, inside, read)
 
     def _cell(self, reference: Cell, inside: bool) -> bytes | None:
-        value = self._table(reference.file, inside).value(reference)
+        table = self._table(reference.file, inside)
+        if reference.row >= table.rows:
+            raise _changed(inside, f"{reference}: the table has {table.rows} rows")
+        value = table.value(reference)
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path")
             if data is None and path:
@@ -211,7 +214,7 @@ class Blobs:
             try:
                 return read(fs, full)
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                raise BlobError(f"{path}: no such file") from None
+                raise _changed(inside, f"{path}: no such file") from None
             except pa.ArrowException as error:
                 raise BlobError(f"{path}: {error}") from None
             except OSError as error:
@@ -240,10 +243,13 @@ class _Rows:
         for size in sizes:
             self._starts.append(self._starts[-1] + size)
 
+    @property
+    def rows(self) -> int:
+        """How many rows the table has."""
+        return self._starts[-1]
+
     def value(self, reference: Cell) -> Any:
         """The value of a cell as a Python object."""
-        if reference.row >= self._starts[-1]:
-            raise BlobError(f"{reference}: the table has {self._starts[-1]} rows")
         part = next(i for i, start in enumerate(self._starts[1:]) if reference.row < start)
         with self._lock:
             if self._column is None or self._column[:2] != (part, reference.column):
@@ -257,6 +263,13 @@ class _Rows:
             return pa.chunked_array([self._batches[part].column(reference.column)])
         except (KeyError, IndexError, pa.ArrowException) as error:
             raise BlobError(f"{reference}: {error}") from None
+
+
+def _changed(inside: bool, what: str) -> Exception:
+    """What is not there as the plan found it is the job's trouble; what a row names by itself is the row's."""
+    if inside:
+        return JobError(f"the input changed since the job was planned: {what}")
+    return BlobError(what)
 
 
 def arrow_batches(source: Any) -> list[pa.RecordBatch]:

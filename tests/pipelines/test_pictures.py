@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from diffray.model.errors import InvalidRequest
+from diffray.model.errors import InvalidRequest, JobError
 from diffray.pipelines.blobs import BlobError, Blobs, below
 from diffray.pipelines.config import Pictures
 from diffray.pipelines.pictures import fitted, picture
 
-from .conftest import Place
+from .conftest import Place, in_process
 
 RULES = Pictures()
 
@@ -220,10 +220,10 @@ def test_a_root_may_be_elsewhere_and_absolute_paths_below_it_are_fine(place: Pla
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("input:t.parquet#row=9&column=image", "has 1 rows"),
+        ("t.parquet#row=9&column=image", "has 1 rows"),
         ("input:t.parquet#row=0&column=other", "t.parquet#row=0&column=other"),
         ("input:t.parquet#row=0&column=prompt", "got str"),
-        ("input:x.bin#offset=0&bytes=5000", "ends after 4"),
+        ("x.bin#offset=0&bytes=5000", "ends after 4"),
         ("input:x.bin#row=0&column=a", "x.bin"),
         ("input:../x.bin#offset=0&bytes=1", "leaves"),
         ("x.bin", "got 4 bytes, allowed are 3"),
@@ -237,6 +237,36 @@ def test_references_to_nothing_say_so(place: Place, text: str, message: str) -> 
     with pytest.raises(BlobError, match=message):
         blobs.read(text)
     assert blobs.read("input:t.parquet#row=0&column=image") == b"i"
+
+
+@pytest.mark.parametrize("change", ["gone", "shorter"])
+def test_an_input_that_changes_under_a_job_stops_it(place: Place, change: str) -> None:
+    blob = data(Image.new("RGB", (16, 16), "red"))
+    path = place.path / "t.parquet"
+    pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [blob] * 6}), path)
+
+    def later(*arguments: Any) -> Any:
+        path.unlink()
+        if change == "shorter":
+            pq.write_table(pa.table({"prompt": ["x"], "image": [blob]}), path)
+        return in_process(*arguments)
+
+    config = place.config(str(path), task="augment")
+    with pytest.raises(JobError, match="the input changed since the job was planned"):
+        place.run(config, generate=later)
+    pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [blob] * 6}), path)
+    assert place.run(config).images == 6
+
+
+def test_pictures_are_read_from_any_storage(place: Place) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/photos/in/a/1.png", data(Image.new("RGB", (16, 16), "red")))
+    memory.pipe_file("/photos/in/t.csv", b"image,prompt\na/1.png,x\nmemory:///photos/in/a/1.png,y\nb.png,z\n")
+    result = place.job("memory://photos/in/t.csv", task="augment")
+    assert (result.images, result.rejected) == (2, 1)
+    assert [row["init_image"] for row in place.rows()] == ["a/1.png"] * 2
 
 
 def test_below_accepts_what_lies_below() -> None:
