@@ -21,6 +21,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fsspec.implementations.local import LocalFileSystem
 from starlette.requests import Request
 
 from diffray.model.storage import open_storage
@@ -231,7 +232,8 @@ class Files:
 
     def write(self, name: str, data: bytes) -> None:
         """Put a whole file."""
-        self._fs.makedirs(f"{self._root}/{name.rpartition('/')[0]}", exist_ok=True)
+        if isinstance(self._fs, LocalFileSystem):  # object stores have no folders
+            self._fs.makedirs(f"{self._root}/{name.rpartition('/')[0]}", exist_ok=True)
         self._fs.pipe_file(f"{self._root}/{name}", data)
 
     def read(self, name: str) -> bytes:

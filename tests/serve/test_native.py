@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import read_provenance
 from diffray.serve.config import ServeConfig, Store
 from diffray.serve.dialects.native_bodies import ImagesBody
+from diffray.serve.jobs import Files
 
 from .ask import Answer, ask, connect
 from .live import Live, live
@@ -180,20 +182,34 @@ def test_bad_jobs_are_refused_before_they_begin(service_app: Live) -> None:
         assert ask(f"{service_app.url}{JOBS}/{name}").status == 404
 
 
-def test_jobs_survive_a_restart_and_end_with_their_time(tmp_path: Path) -> None:
-    config = ServeConfig(store=Store(url=str(tmp_path)), log="off")
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    if request.param == "folder":
+        yield {"url": str(tmp_path / "results")}
+        return
+    from tests.pipelines.s3 import serve
+
+    with serve() as s3:
+        yield {"url": s3.folder(), "options": s3.options()}
+
+
+def test_jobs_survive_a_restart_and_end_with_their_time(store: dict[str, Any]) -> None:
+    config = ServeConfig(store=Store(**store), log="off")
     with live(config, Scripted) as first:
         identity = ask(first.url + JOBS, {"steps": 1, "seed": 3}).json["id"]
         failed = ask(first.url + JOBS, {"prompt": "late"}).json["id"]
         data = (finished(first.url, identity), ask(f"{first.url}{JOBS}/{identity}/images/0").data)[1]
+        assert picture(data).size == (512, 512)
         state = finished(first.url, failed)
         assert (state["status"], state["error"]["code"]) == ("failed", "generation_failed")
     with live(config, Scripted) as second:
         assert ask(f"{second.url}{JOBS}/{identity}/images/0").data == data
-    with live(config.model_copy(update={"store": Store(url=str(tmp_path), seconds=0.2)}), Scripted) as third:
-        time.sleep(1.2)
+        files = Files(config.store)
+        assert len(files.places()) == 2
+    with live(config.model_copy(update={"store": Store(**store, seconds=0.2)}), Scripted) as third:
+        time.sleep(1.5)
         assert ask(f"{third.url}{JOBS}/{identity}").status == 404
-        assert not list(tmp_path.rglob("*.png"))
+        assert files.places() == []
 
 
 def test_nobody_sees_another_s_job(tmp_path: Path) -> None:
