@@ -18,16 +18,25 @@ import requests
 import webuiapi
 from PIL import Image, ImageDraw
 
-from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import read_provenance
 from diffray.model.infotext import parse_infotext
 from diffray.serve import keys
 from diffray.serve.config import Access, ServeConfig
 
 from .live import Live, live
+from .reference import made
 from .scripted import Scripted, encoded
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 3, "cfg_scale": 3.0}
+ENGINE: dict[str, Any] = {
+    "width": 64,
+    "height": 64,
+    "steps": 3,
+    "guidance_scale": 3.0,
+    "sampler": "Euler a",
+    "schedule": "automatic",
+}
+"""SMALL and what the client adds by default, in the engine's names."""
 
 
 def client_of(running: Live, **options: Any) -> webuiapi.WebUIApi:
@@ -75,15 +84,9 @@ def test_txt2img_is_the_engine_s_image(api: webuiapi.WebUIApi) -> None:
     result = api.txt2img(
         prompt="a red circle", negative_prompt="blue", seed=5, batch_size=2, n_iter=2, **SMALL
     )
-    common = {"prompt": "a red circle", "negative_prompt": "blue", "width": 64, "height": 64, "steps": 3}
-    wanted = Engine(load_model()).generate(
-        [
-            ImageRequest(**common, guidance_scale=3.0, sampler="Euler a", schedule="automatic", seed=seed)
-            for seed in (5, 6, 7, 8)
-        ]
-    )
-    for got, made in zip(result.images, wanted, strict=True):
-        assert np.array_equal(np.array(got), np.array(made.image))
+    common: dict[str, Any] = {"prompt": "a red circle", "negative_prompt": "blue"} | ENGINE
+    for got, seed in zip(result.images, (5, 6, 7, 8), strict=True):
+        assert np.array_equal(np.array(got), made(**common, seed=seed))
     assert result.info["all_seeds"] == [5, 6, 7, 8]
     assert result.info["seed"] == 5
     assert result.info["sampler_name"] == "Euler a"
@@ -130,6 +133,7 @@ def test_hires_fix(api: webuiapi.WebUIApi) -> None:
     assert resized.image.size == (96, 96)
 
 
+@pytest.mark.slow
 def test_what_an_infotext_says_can_be_asked_again(api: webuiapi.WebUIApi) -> None:
     """Every label that our infotexts have is one that the API takes."""
     for upscaler in ("Latent", "Latent (nearest-exact)", "Lanczos"):
@@ -175,23 +179,8 @@ def test_the_asynchronous_client(api: webuiapi.WebUIApi) -> None:
 
 def test_img2img_is_the_engine_s_image(api: webuiapi.WebUIApi) -> None:
     result = api.img2img(images=[scene()], prompt="a star", seed=2, denoising_strength=0.7, **SMALL)
-    (wanted,) = Engine(load_model()).generate(
-        [
-            ImageRequest(
-                prompt="a star",
-                init_image=scene(),
-                strength=0.7,
-                width=64,
-                height=64,
-                steps=3,
-                guidance_scale=3.0,
-                sampler="Euler a",
-                schedule="automatic",
-                seed=2,
-            )
-        ]
-    )
-    assert np.array_equal(np.array(result.image), np.array(wanted.image))
+    wanted = made(prompt="a star", init_image=scene(), strength=0.7, seed=2, **ENGINE)
+    assert np.array_equal(np.array(result.image), wanted)
 
 
 def test_a_batch_of_images(api: webuiapi.WebUIApi) -> None:
@@ -413,6 +402,7 @@ def test_lists(api: webuiapi.WebUIApi) -> None:
     assert api.refresh_checkpoints() is None
 
 
+@pytest.mark.slow
 def test_every_listed_sampler_and_scheduler_makes_a_picture(api: webuiapi.WebUIApi) -> None:
     chosen: list[dict[str, str]] = [{"sampler_name": name} for name in api.util_get_sampler_names()]
     chosen += [{"scheduler": name} for name in api.util_get_scheduler_names()]

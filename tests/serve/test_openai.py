@@ -17,13 +17,13 @@ import pytest
 import requests
 from PIL import Image, ImageDraw
 
-from diffray.model import Engine, ImageRequest, load_model
 from diffray.serve import keys
 from diffray.serve.config import Access, Guardrails, Limits, ServeConfig
 from diffray.serve.dialects.openai_bodies import Generation
 from diffray.serve.dialects.openai_works import asked
 
 from .live import Live, live
+from .reference import made
 from .scripted import Scripted, encoded
 
 FAST = {"seed": 3, "num_inference_steps": 2}
@@ -81,13 +81,11 @@ def test_generation_is_the_engine_s_image(api: openai.OpenAI) -> None:
         size="48x64",
         extra_body=FAST | {"negative_prompt": "blue", "guidance_scale": 4, "sampler": "Euler a"},
     )
-    common = {"prompt": "a red circle", "negative_prompt": "blue", "width": 48, "height": 64, "steps": 2}
-    wanted = Engine(load_model()).generate(
-        [ImageRequest(**common, guidance_scale=4.0, sampler="Euler a", seed=seed) for seed in (3, 4)]
-    )
-    for got, result in zip(pictures(answer), wanted, strict=True):
+    common: dict[str, Any] = {"prompt": "a red circle", "negative_prompt": "blue", "width": 48, "height": 64}
+    for got, seed in zip(pictures(answer), (3, 4), strict=True):
+        wanted = made(**common, steps=2, guidance_scale=4.0, sampler="Euler a", seed=seed)
         assert got.format == "PNG"
-        assert np.array_equal(np.array(got), np.array(result.image))
+        assert np.array_equal(np.array(got), wanted)
     assert answer.size == "48x64"
     assert [data.model_extra["seed"] for data in answer.data if data.model_extra] == [3, 4]
     assert answer.usage is not None
@@ -135,6 +133,7 @@ def pictures_bytes(answer: Any) -> bytes:
     return base64.b64decode(answer.data[0].b64_json)
 
 
+@pytest.mark.slow
 def test_many_at_once_are_the_same_as_one_by_one(service_app: Live) -> None:
     """Strangers share every step; nobody's picture changes."""
 
@@ -206,10 +205,8 @@ def test_a_variation_is_image_to_image(api: openai.OpenAI) -> None:
     answer = api.images.create_variation(
         image=png(scene()), n=1, extra_body={"strength": 0.5, "seed": 5, "num_inference_steps": 4}
     )
-    wanted = Engine(load_model()).generate(
-        [ImageRequest(init_image=scene(), strength=0.5, seed=5, steps=4, width=64, height=64)]
-    )
-    assert np.array_equal(np.array(pictures(answer)[0]), np.array(wanted[0].image))
+    wanted = made(init_image=scene(), strength=0.5, seed=5, steps=4, width=64, height=64)
+    assert np.array_equal(np.array(pictures(answer)[0]), wanted)
 
 
 def test_a_stream_of_partial_images(api: openai.OpenAI) -> None:
@@ -411,9 +408,9 @@ def test_keys_rates_budgets_and_blocked_words(tmp_path: Path) -> None:
             with pytest.raises(openai.BadRequestError) as blocked:
                 client.images.generate(prompt="a Forbidden  thing")
             assert (blocked.value.code, blocked.value.param) == ("content_policy_violation", "prompt")
-            made = client.images.generate(prompt="a fox", response_format="url")
-            assert made.data
-            assert requests.get(made.data[0].url or "").headers["content-type"] == "image/png"
+            answer = client.images.generate(prompt="a fox", response_format="url")
+            assert answer.data
+            assert requests.get(answer.data[0].url or "").headers["content-type"] == "image/png"
             with pytest.raises(openai.RateLimitError) as fast:
                 client.images.generate(prompt="a fox")
             assert fast.value.code == "rate_limit_exceeded"

@@ -15,12 +15,12 @@ import requests
 import webuiapi
 from PIL import Image, ImageDraw
 
-from diffray.model import Engine, ImageRequest, load_model
 from diffray.serve.config import Guardrails, ServeConfig
 from diffray.serve.dialects.stability_bodies import TextPrompt
 from diffray.serve.dialects.stability_works import prompts_of
 
 from .live import Live, live
+from .reference import made
 from .scripted import Scripted, encoded
 
 JSON = {"Accept": "application/json"}
@@ -59,10 +59,6 @@ def pixels(image: Image.Image) -> Any:
     return np.asarray(image.convert("RGB"))
 
 
-def engine(**values: Any) -> Any:
-    return pixels(Engine(load_model()).generate([ImageRequest(**values)])[0].image)
-
-
 def text_to_image(url: str, headers: dict[str, str] | None = None, **body: Any) -> requests.Response:
     return requests.post(
         f"{url}/v1/generation/embedded/text-to-image",
@@ -87,7 +83,7 @@ def test_v1_text_to_image(service_app: Live) -> None:
     artifacts = response.json()["artifacts"]
     assert [a["seed"] for a in artifacts] == [7, 8]
     assert {a["finishReason"] for a in artifacts} == {"SUCCESS"}
-    wanted = engine(
+    wanted = made(
         prompt="a red circle",
         negative_prompt="blue",
         guidance_scale=4.0,
@@ -122,7 +118,7 @@ def test_v1_image_to_image(service_app: Live) -> None:
         assert response.status_code == 200, response.text
         return pixels(opened(base64.b64decode(response.json()["artifacts"][0]["base64"])))
 
-    wanted = engine(prompt="a star", init_image=scene(), strength=0.65, steps=4, seed=5, width=64, height=64)
+    wanted = made(prompt="a star", init_image=scene(), strength=0.65, steps=4, seed=5, width=64, height=64)
     assert np.array_equal(ask(image_strength=0.35, init_image_mode="IMAGE_STRENGTH"), wanted)
     assert np.array_equal(ask(step_schedule_start=0.65, init_image_mode="STEP_SCHEDULE"), wanted)
     assert np.array_equal(ask(), wanted)
@@ -152,9 +148,9 @@ def test_v1_masking_repaints_only_what_it_should(service_app: Live, source: str)
 
 @pytest.mark.parametrize("kind", ["core", "sd3", "ultra"])
 @pytest.mark.parametrize(("format", "name"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
-def test_v2_generate(service_app: Live, kind: str, format: str, name: str) -> None:
+def test_v2_generate(scripted: tuple[str, Scripted], kind: str, format: str, name: str) -> None:
     response = requests.post(
-        f"{service_app.url}/v2beta/stable-image/generate/{kind}",
+        f"{scripted[0]}/v2beta/stable-image/generate/{kind}",
         headers={"authorization": "Bearer sk-any", "accept": "image/*"},
         files={"none": ""},
         data={"prompt": "a red circle", "output_format": format, "seed": 7, "steps": 2},
@@ -174,7 +170,7 @@ def test_v2_json_and_image_to_image(service_app: Live) -> None:
     )
     body = response.json()
     assert (body["seed"], body["finish_reason"]) == (5, "SUCCESS")
-    wanted = engine(prompt="a star", init_image=scene(), strength=0.5, steps=4, seed=5, width=64, height=64)
+    wanted = made(prompt="a star", init_image=scene(), strength=0.5, steps=4, seed=5, width=64, height=64)
     assert np.array_equal(pixels(opened(base64.b64decode(body["image"]))), wanted)
 
 
