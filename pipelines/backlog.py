@@ -56,9 +56,12 @@ class Backlog:
         """Shards that are not final yet."""
         return len(self._waiting) + sum(len(holder.shards) for holder in self._holders.values())
 
+    def __contains__(self, engine: object) -> bool:
+        return engine in self._holders
+
     def join(self, engine: str) -> None:
-        """An engine can take shards from now on."""
-        self._holders[engine] = Holder()
+        """There is an engine, or will soon be, that can take shards."""
+        self._holders.setdefault(engine, Holder())
 
     def leave(self, engine: str) -> None:
         """An engine is gone; what it held goes first again."""
@@ -67,13 +70,15 @@ class Backlog:
             self._recalled -= set(holder.shards)
             self._waiting.extendleft(reversed(holder.shards))
 
-    def held(self, engine: str) -> int:
-        """Shards that this engine holds."""
-        return len(self._holders[engine].shards)
+    def holds(self, engine: str, shard: int) -> bool:
+        """Whether this engine holds this shard."""
+        return engine in self._holders and shard in self._holders[engine].shards
 
-    def pace(self, engine: str) -> float:
-        """Seconds per shard of this engine; infinite while nobody knows."""
-        return self._holders[engine].pace or math.inf
+    def keep(self, engine: str, shard: int) -> None:
+        """An engine says that it holds a shard, which only it can know; ignored where somebody else does."""
+        if shard in self._waiting:
+            self._waiting.remove(shard)
+            self._holders[engine].shards.append(shard)
 
     def take(self, engine: str, now: float) -> int | None:
         """The next shard for an engine, or None when it is to get none at present."""
@@ -92,10 +97,17 @@ class Backlog:
         return shard
 
     def done(self, engine: str, shard: int, now: float) -> None:
-        """An engine made a shard final."""
+        """A shard is final, whoever was thought to hold it."""
+        self._recalled.discard(shard)
+        if shard in self._waiting:
+            self._waiting.remove(shard)
+        for other in self._holders.values():
+            if shard in other.shards and other is not self._holders.get(engine):
+                other.shards.remove(shard)
+        if not self.holds(engine, shard):
+            return
         holder = self._holders[engine]
         holder.shards.remove(shard)
-        self._recalled.discard(shard)
         took = now - holder.since
         holder.pace = took if holder.pace is None else (holder.pace + took) / 2
         holder.since = now

@@ -128,8 +128,8 @@ class Workers(Strict):
     """How the work is spread. Changes nothing in the output, so it may differ between resumptions."""
 
     actors: Annotated[int, Field(ge=1)] | Between | None = None
-    """At most this many engines, or a range such as 2-16; None takes one per GPU, or one per eight CPU cores, as
-    many as the cluster has at any moment. A number that does not fit yet waits for the cluster to grow."""
+    """At most this many engines, or a range such as 2-16; None takes one per GPU, or one per eight CPU cores, of the
+    cluster as it is at the start. More than fit at first wait for the cluster to grow."""
     cpus: float | None = Field(default=None, gt=0)
     """CPU cores, and torch threads, of an actor without a GPU; None divides the cluster's evenly."""
     gpus: float | None = Field(default=None, ge=0)

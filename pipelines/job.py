@@ -27,6 +27,7 @@ from .plan import Plan, read_plan, write_plan
 from .pools import Pulse
 from .progress import Progress, Silent
 from .report import SUCCESS, finish, is_finished
+from .runs import RunRecord
 from .source import Source
 from .store import Store
 from .worker import Share
@@ -131,11 +132,13 @@ def _generate(
     images, rejected = totals(plan, before)
     progress.start(plan.images, images + rejected, rejected)
     try:
-        for event in generate(config, lock.run, store, models, _shares(config, plan, pending)):
-            if isinstance(event, Pulse):
-                progress.pulse(event)
-            else:
-                progress.advance(*event)
+        with RunRecord(store, lock.run, lock.acquired).written() as record:
+            for event in generate(config, lock.run, store, models, _shares(config, plan, pending)):
+                for listener in (record, progress):
+                    if isinstance(event, Pulse):
+                        listener.pulse(event)
+                    else:
+                        listener.advance(*event)
     finally:
         progress.stop()
 

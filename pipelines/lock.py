@@ -38,11 +38,12 @@ class Lock:
 
     Attributes:
         run: the number of this run.
+        acquired: when it was acquired, by `time.monotonic`.
     """
 
     def __init__(self, store: Store, run: int) -> None:
         self._store = store
-        self.run = run
+        self.run, self.acquired = run, time.monotonic()
         self._name = f"{LOCKS}/{run:05d}.json"
         self._mine = {
             "host": socket.gethostname(),

@@ -92,14 +92,16 @@ class Tally:
     def made(self, shard: int, seconds: Mapping[str, float]) -> None:
         """An image of a shard is made."""
         self._images += 1
-        self._uncommitted[shard][0] += 1
+        if shard in self._uncommitted:
+            self._uncommitted[shard][0] += 1
         if self._meter is not None:
             self._meter.made(seconds)
 
     def rejected(self, shard: int, stage: str) -> None:
         """A row of a shard is rejected."""
         self._rejected[stage] += 1
-        self._uncommitted[shard][1] += 1
+        if shard in self._uncommitted:
+            self._uncommitted[shard][1] += 1
         if self._meter is not None:
             self._meter.rejected(stage)
 

@@ -1,0 +1,138 @@
+"""One record of each run of a job: how long it took, which engines it had, and what these did.
+
+    _diffray/runs/00001.json         numbered like the run's lock; written once a minute, and at the run's end
+
+Facts for reports: nothing decides by them. A run whose driver was killed leaves its last minute's record.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from .pools import EngineFacts, Pulse
+from .store import Store
+
+RUNS = "_diffray/runs"
+WRITE_EVERY = 60.0
+
+
+class RunRecord:
+    """The record of the present run.
+
+    The record's keys:
+        run, started (UTC), outcome ("running", "finished" or "stopped"), error
+        images, rejected, shards: committed by this run
+        seconds: of the run so far, and of its phases: "plan" (until the first engine was asked for, without
+            "ray"), "ray" (starting it or connecting), "first_engine" and "first_image" (from then until one was
+            ready, until the first image was made), "generate" (all of making images)
+        machine_seconds: sum over engines of the time that each held its device, times its share of a GPU if it
+            is a fraction
+        engines: for each its model, node and accelerator, its state, the seconds of its start by phase
+            (place, imports, fetch, load, first_image), its seconds in all and those busy, how full its slots
+            were while busy, and the images and rejected rows that it ended
+    """
+
+    def __init__(self, store: Store, run: int, began: float) -> None:
+        self._store, self._name = store, f"{RUNS}/{run:05d}.json"
+        self._began, self._generating = began, time.monotonic()
+        self._written = self._generating
+        self._pulse: Pulse | None = None
+        started = datetime.now(UTC).timestamp() - (self._generating - began)
+        self._values: dict[str, Any] = {
+            "run": run,
+            "started": datetime.fromtimestamp(started, UTC).isoformat("T", "seconds"),
+            "outcome": "running",
+            "error": None,
+            "images": 0,
+            "rejected": 0,
+            "shards": 0,
+        }
+
+    @contextmanager
+    def written(self) -> Iterator[RunRecord]:
+        """The block makes images; the record is complete when it ends, however it ends."""
+        try:
+            yield self
+            self._values["outcome"] = "finished"
+        except BaseException as error:
+            said = str(error).split("\n")[0][:300]
+            self._values |= {"outcome": "stopped", "error": f"{type(error).__name__}: {said}".rstrip(": ")}
+            raise
+        finally:
+            self._write()
+
+    def advance(self, images: int, rejected: int) -> None:
+        """A shard was committed."""
+        self._values["images"] += images
+        self._values["rejected"] += rejected
+        self._values["shards"] += 1
+
+    def pulse(self, pulse: Pulse) -> None:
+        """The engines were looked at."""
+        self._pulse = pulse
+        if time.monotonic() - self._written >= WRITE_EVERY:
+            self._write()
+
+    def _write(self) -> None:
+        """The record may lack behind, but never stands in the way of the job."""
+        self._written = time.monotonic()
+        with suppress(Exception):
+            self._store.write(self._name, (json.dumps(self._record(), indent=1) + "\n").encode())
+
+    def _record(self) -> dict[str, Any]:
+        now, pulse = time.monotonic(), self._pulse or Pulse((), 0, 0)
+        engines = [_engine(facts) for facts in pulse.engines]
+        ready = [sum(e.start.values()) for e in pulse.engines if e.start]
+        first = [
+            sum(e.start.values()) + e.reading.first_image
+            for e in pulse.engines
+            if e.reading.first_image is not None
+        ]
+        seconds = {
+            "all": now - self._began,
+            "plan": self._generating - self._began,
+            "ray": pulse.ray,
+            "first_engine": min(ready, default=None),
+            "first_image": min(first, default=None),
+            "generate": now - self._generating,
+        }
+        return {
+            **self._values,
+            "seconds": {name: None if spent is None else round(spent, 3) for name, spent in seconds.items()},
+            "machine_seconds": round(sum(e.seconds * e.share for e in pulse.engines), 3),
+            "engines": engines,
+        }
+
+
+def read_runs(store: Store) -> list[dict[str, Any]]:
+    """The records of all runs, the first one first; damaged ones are left out."""
+    found = []
+    for name in store.list(RUNS):
+        with suppress(ValueError):
+            found.append(json.loads(store.read(f"{RUNS}/{name}")))
+    return found
+
+
+def _engine(facts: EngineFacts) -> dict[str, Any]:
+    reading = facts.reading
+    start = dict(facts.start)
+    if reading.first_image is not None:
+        start["first_image"] = round(reading.first_image, 3)
+    return {
+        "name": facts.name,
+        "model": facts.model,
+        "node": facts.node,
+        "accelerator": facts.accelerator,
+        "state": facts.state,
+        "start": start,
+        "seconds": round(facts.seconds, 3),
+        "busy_seconds": round(reading.busy, 3),
+        "occupancy": round(reading.occupancy, 4),
+        "images": reading.images,
+        "rejected": sum(reading.rejected.values()),
+    }
