@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from diffray.model import InvalidRequest
 
-from .parts import alpha_mask, contained, covering, flat
+from .parts import alpha_mask, check_mask, contained, covering, flat
 
 Box = tuple[int, int, int, int]
 Floats = NDArray[np.floating[Any]]
@@ -75,8 +75,7 @@ def inpainting(
     Raises:
         InvalidRequest: the sizes differ, or nothing is repainted.
     """
-    if mask.size != image.size:
-        raise InvalidRequest("mask", f"got {_by(mask)}, allowed is the size of the picture, {_by(image)}")
+    check_mask(image, mask, "mask")
     soft = _mask(mask, invert, blur)
     if not _hard(soft).getbbox():
         raise InvalidRequest("mask", "it is blank, so nothing would be repainted")
@@ -163,7 +162,3 @@ def fitted(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
     if fit == "contain":
         return contained(image, *size)
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _by(image: Image.Image) -> str:
-    return f"{image.width}x{image.height}"

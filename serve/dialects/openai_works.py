@@ -15,7 +15,7 @@ from diffray.model.request import MAX_SIDE
 
 from ..work import ModelCard, Work
 from . import openai_bodies as bodies
-from .parts import alpha_mask, area_size, check_area, client_names, covering, flat, seeds, solver
+from .parts import alpha_mask, area_size, check_area, check_mask, client_names, covering, flat, seeds, solver
 
 Body = bodies.Generation | bodies.Edit | bodies.Variation
 STEPS = {"low": 0.5, "high": 1.5, "hd": 1.5, "xhigh": 2.0, "max": 2.0}
@@ -101,8 +101,7 @@ def mask_of(image: Image.Image, mask: Image.Image | None) -> Image.Image | None:
     if mask is None:
         own = alpha_mask(image, "image") if "A" in image.getbands() else None
         return own if own is not None and own.getbbox() else None
-    if mask.size != image.size:
-        raise InvalidRequest("mask", f"got {mask.size}, allowed is the size of the image, {image.size}")
+    check_mask(image, mask, "mask")
     white = alpha_mask(mask, "mask")
     if not white.getbbox():
         raise InvalidRequest("mask", "no part of it is transparent, so nothing would be repainted")

@@ -142,6 +142,13 @@ def flat(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours).convert("RGB")
 
 
+def check_mask(image: Image.Image, mask: Image.Image, field: str) -> None:
+    """Raises InvalidRequest unless the mask, the client's `field`, has the size of its picture."""
+    if mask.size != image.size:
+        got, wanted = (f"{picture.width}x{picture.height}" for picture in (mask, image))
+        raise InvalidRequest(field, f"got {got}, allowed is the size of the picture, {wanted}")
+
+
 def alpha_mask(image: Image.Image, field: str, *, most: int = 127) -> Image.Image:
     """White where `image` is transparent (alpha at most `most`), black elsewhere.
 

@@ -19,8 +19,8 @@ from ..service import Service
 from ..work import Finished, ModelCard, Work
 from . import stability_bodies as bodies
 from .forms import form_schema, one_file, read_form
-from .parts import alpha_mask, base64_text, client_names, flat
-from .stability_works import V1_FIELDS, V2_FIELDS, check_mask, masked, v1_works, v2_works
+from .parts import alpha_mask, base64_text, check_mask, client_names, flat
+from .stability_works import V1_FIELDS, V2_FIELDS, masked, v1_works, v2_works
 
 ROUTES = ("/v1/generation", "/v1/engines", "/v1/user", "/v2beta")
 STATUSES = {422: 400}

@@ -12,7 +12,7 @@ from diffray.model import ImageRequest, InvalidRequest
 
 from ..work import ModelCard, Work
 from . import stability_bodies as bodies
-from .parts import alpha_mask, area_size, check_area, covering, flat, seeds
+from .parts import alpha_mask, area_size, check_area, check_mask, covering, flat, seeds
 
 V1_FIELDS = {
     "guidance_scale": "cfg_scale",
@@ -124,13 +124,6 @@ def masked(source: str, image: Image.Image, mask: Image.Image | None) -> Image.I
     check_mask(image, mask, "mask_image")
     gray = flat(mask).convert("L")
     return ImageOps.invert(gray) if source == "MASK_IMAGE_BLACK" else gray
-
-
-def check_mask(image: Image.Image, mask: Image.Image, field: str) -> None:
-    """Raises InvalidRequest unless the mask has the size of its picture."""
-    if mask.size != image.size:
-        got, wanted = (f"{picture.width}x{picture.height}" for picture in (mask, image))
-        raise InvalidRequest(field, f"got {got}, allowed is the size of the picture, {wanted}")
 
 
 def _weighted(text: str, weight: float) -> str:
