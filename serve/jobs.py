@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -31,11 +31,13 @@ from .config import InvalidConfig, Store
 from .failures import refusal_of
 from .refusal import Refusal
 from .service import Service
-from .work import Finished, Work
+from .work import Event, Finished, Work
 
 log = logging.getLogger("diffray.serve")
 Status = Literal["running", "done", "failed", "cancelled"]
 SWEEP_SECONDS = 60.0
+PATIENCE = 2.0
+"""Seconds that a submission waits for an engine to have looked at it."""
 
 
 @dataclass(eq=False)
@@ -66,15 +68,20 @@ class Jobs:
     async def submit(self, client: Client, works: Sequence[Work]) -> Job:
         """Begin a job; it counts against the client's limits like a request.
 
+        What is wrong with it is mostly known at once; a model that has to be loaded first is not waited for.
+
         Raises:
             InvalidRequest, Refusal: it was not admitted.
         """
         events = self._service.stream(None, client, works)
-        await anext(events)
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.wait({first}, timeout=PATIENCE)
+        if first.done():
+            first.result()
         now = time.time()
         identity = f"{int(now):x}-{secrets.token_hex(12)}"
         job = Job(identity, "running", now, now + self._lifetime, len(works))
-        task = asyncio.create_task(self._run(client, job, works, events))
+        task = asyncio.create_task(self._run(client, job, works, _all(first, events)))
         self._live[identity] = (client, job, task)
         task.add_done_callback(lambda _: self._live.pop(identity, None))
         return job
@@ -87,8 +94,11 @@ class Jobs:
         """
         if identity in self._live and self._live[identity][0].id == client.id:
             return self._live[identity][1]
-        data = await self._read(client, identity, "job.json")
-        return Job(**json.loads(data))
+        job = Job(**json.loads(await self._read(client, identity, "job.json")))
+        if job.status == "running" and _age(identity) > self._service.config.limits.seconds + SWEEP_SECONDS:
+            job.status = "failed"
+            job.error = {"code": "lost", "message": "the service ended while the job ran", "field": None}
+        return job
 
     async def picture(self, client: Client, identity: str, index: int) -> tuple[bytes, str]:
         """A finished picture's file and its format.
@@ -141,12 +151,14 @@ class Jobs:
                 return await asyncio.to_thread(self._store.read, _public(name))
         raise Refusal(404, "not_found", "there is no such picture, or not any more")
 
-    async def _run(self, client: Client, job: Job, works: Sequence[Work], events: Any) -> None:
+    async def _run(
+        self, client: Client, job: Job, works: Sequence[Work], events: AsyncGenerator[tuple[int, Event], None]
+    ) -> None:
         place = _place(client, job.id)
         shares = [0.0] * len(works)
         try:
-            await self._write(place, job)
             async with aclosing(events):
+                await self._write(place, job)
                 async for index, event in events:
                     if isinstance(event, Finished):
                         shares[index] = 1.0
@@ -268,6 +280,20 @@ def jobs_of(http: Request) -> Jobs:
 
 def _public(name: str) -> str:
     return f"public/{name.partition('.')[0]}/{name}"
+
+
+async def _all(
+    first: asyncio.Future[tuple[int, Event]], events: AsyncGenerator[tuple[int, Event], None]
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """The events, of which the first is being waited for already."""
+    try:
+        yield await first
+        async for event in events:
+            yield event
+    finally:
+        first.cancel()
+        await asyncio.wait({first})
+        await events.aclose()
 
 
 def _place(client: Client, identity: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from diffray.model.encoding import read_provenance
 from diffray.serve.config import ServeConfig, Store
 from diffray.serve.dialects.native_bodies import ImagesBody
 from diffray.serve.jobs import Files
+from diffray.serve.work import Event, Work
 
 from .ask import Answer, ask, connect
 from .live import Live, live
@@ -174,6 +176,25 @@ def test_job_is_cancelled_at_the_next_step(service_app: Live) -> None:
     assert state["status"] == "cancelled"
     assert ask(f"{service_app.url}{JOBS}/{identity}").json["status"] == "cancelled"
     assert service_app.service.admission.images == 0
+
+
+def test_a_job_for_a_model_that_is_not_there_yet_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffray.serve.jobs.PATIENCE", 0.05)
+
+    class Late(Scripted):
+        async def run(self, work: Work) -> AsyncGenerator[Event, None]:
+            await asyncio.sleep(0.5)
+            async for event in super().run(work):
+                yield event
+
+    with live(ServeConfig(log="off"), Late) as running:
+        for body, status in (({"steps": 1}, "done"), ({"prompt": "fail"}, "failed")):
+            answer = ask(running.url + JOBS, body)
+            assert (answer.status, answer.json["status"]) == (202, "running")
+            assert finished(running.url, answer.json["id"])["status"] == status
+        identity = ask(running.url + JOBS, {"steps": 1}).json["id"]
+        assert ask(f"{running.url}{JOBS}/{identity}", method="DELETE").json["status"] == "cancelled"
+        assert running.service.admission.images == 0
 
 
 def test_bad_jobs_are_refused_before_they_begin(service_app: Live) -> None:
