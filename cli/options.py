@@ -38,6 +38,7 @@ class JobOption:
 
 
 PAINTING = ("generate", "augment", "inpaint", "outpaint", "edit", "upscale")
+PICTURED = (*PAINTING, "decode")
 SOURCED = ("augment", "inpaint", "outpaint", "edit", "upscale", "encode")
 OPTIONS = (
     JobOption(
@@ -147,15 +148,60 @@ OPTIONS = (
         "encoding.latents",
         ("encode",),
     ),
-    JobOption("format", _option(str | None, "png, jpeg or webp."), "encoding.format", (*PAINTING, "decode")),
-    JobOption(
-        "quality", _option(int | None, "Of jpeg and webp, 1..100."), "encoding.quality", (*PAINTING, "decode")
-    ),
+    JobOption("format", _option(str | None, "png, jpeg or webp."), "encoding.format", PICTURED),
+    JobOption("quality", _option(int | None, "Of jpeg and webp, 1..100."), "encoding.quality", PICTURED),
     JobOption(
         "images",
         _option(str | None, "Where images go: parquet, files beside a table, or webdataset."),
         "encoding.layout",
-        (*PAINTING, "decode"),
+        PICTURED,
+    ),
+    JobOption(
+        "metadata",
+        _option(str | None, "The table beside image files: parquet or jsonl."),
+        "encoding.metadata",
+        PICTURED,
+    ),
+    JobOption(
+        "block",
+        _option(str | None, "File of words and phrases, one per line, that no prompt may contain."),
+        "checks.block",
+        PICTURED,
+    ),
+    JobOption(
+        "measures",
+        _option(bool | None, "Columns brightness, contrast, sharpness, phash, blank.", "--measures"),
+        "checks.measures",
+        PICTURED,
+    ),
+    JobOption(
+        "near_duplicates",
+        _option(int | None, "Table of images whose phash differs by at most so many bits."),
+        "checks.near_duplicates",
+        PICTURED,
+    ),
+    JobOption("clip", _option(str | None, "CLIP model for a column clip_score."), "checks.clip", PICTURED),
+    JobOption(
+        "safety",
+        _option(str | None, "Safety checker for columns nsfw, nsfw_score."),
+        "checks.safety",
+        PICTURED,
+    ),
+    JobOption("flagged", _option(str | None, "What it flags: keep or reject."), "checks.flagged", PICTURED),
+    JobOption(
+        "blank",
+        _option(str | None, "Pictures of one colour: reject (default) or keep."),
+        "checks.blank",
+        PICTURED,
+    ),
+    JobOption(
+        "gallery", _option(int | None, "Images in gallery.html, about; 0 for none."), "gallery", PICTURED
+    ),
+    JobOption("license", _option(str | None, "License of the dataset, for its card."), "license"),
+    JobOption(
+        "price_per_hour",
+        _option(float | None, "Of one engine's machine, for report.json."),
+        "workers.price_per_hour",
     ),
     JobOption("shard_images", _option(int | None, "Images per shard, at most."), "shards.images"),
     JobOption(
