@@ -8,6 +8,7 @@ Read `job.py` first.
 """
 
 from . import arrival  # noqa: F401  first of all, it takes the time
+from .checks import Checks, Scorer
 from .config import Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
 from .job import JobResult, run
 from .models import Models, OpenModel
@@ -22,6 +23,7 @@ from .values import request_from
 from .verification import Fault, Verification, verify
 
 __all__ = [
+    "Checks",
     "Encoding",
     "Fault",
     "InvalidJob",
@@ -34,6 +36,7 @@ __all__ = [
     "Preview",
     "Processor",
     "ProcessorConfig",
+    "Scorer",
     "ShardLimits",
     "Store",
     "Verification",

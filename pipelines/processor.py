@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,14 +18,16 @@ from PIL import Image
 from pydantic import Field
 
 from diffray.model.encoding import encode_image
-from diffray.model.errors import DiffrayError
+from diffray.model.errors import DiffrayError, InvalidRequest
 from diffray.model.request import ImageRequest
 
+from .checks import Checks
 from .columns import content_hash
 from .config import Encoding, ModelOptions, Strict
 from .models import Models
 from .readers import SourceRow
 from .rows import derived_seed
+from .scores import Examiner
 from .values import REQUEST_COLUMNS, request_from
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ class ProcessorConfig(Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Mixed with a row's `id`, or with its content where it has none, for rows without a `seed`."""
     encoding: Encoding = Encoding()
+    checks: Checks = Checks()
+    """As in a job: scores become columns, what is refused becomes an error. Near duplicates need a whole job."""
     batch_size: int = Field(default=32, ge=1)
     """Rows of one block that an actor works on together."""
     concurrency: int | tuple[int, int] = 1
@@ -59,7 +63,7 @@ class ProcessorConfig(Strict):
 
 class Processor:
     """Call it with a Dataset. Every row comes back with the columns `image` (bytes and path), `sha256`, all request
-    parameters and `__inference_error__`."""
+    parameters, the scores of its checks and `__inference_error__`."""
 
     def __init__(
         self,
@@ -117,13 +121,15 @@ class Generator:
 
     def __init__(self, config: ProcessorConfig, models: Models) -> None:
         self._config = config
+        self._examiner = Examiner(config.checks)
+        self._schema = _schema(self._examiner.columns)
         self._model = models.open(config.model)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = batch.to_pylist()
         made = await asyncio.gather(*(self._one(row) for row in rows))
-        carried = [name for name in batch.column_names if name not in SCHEMA.names]
-        table = pa.Table.from_pylist(made, SCHEMA)
+        carried = [name for name in batch.column_names if name not in self._schema.names]
+        table = pa.Table.from_pylist(made, self._schema)
         for name in carried:
             table = table.append_column(batch.schema.field(name), batch.column(name))
         yield table
@@ -132,10 +138,12 @@ class Generator:
         given = {name: row[name] for name in REQUEST_COLUMNS if row.get(name) is not None}
         try:
             request = request_from({**self._config.defaults, **given, "seed": self._seed(row, given)})
+            if refusal := self._examiner.guard(request):
+                raise InvalidRequest("prompt", refusal)
             result = await asyncio.wrap_future(self._model.engine.submit(request).future)
             if result.image is None:
                 raise DiffrayError("output: got 'latents', this stage makes images")
-            data = await asyncio.to_thread(self._encoded, result.image, result.request)
+            data, scores = await asyncio.to_thread(self._finished, result.image, result.request)
         except (DiffrayError, OSError, ValueError) as error:
             if not self._config.should_continue_on_error or self._model.broken is not None:
                 raise
@@ -146,11 +154,14 @@ class Generator:
             }
         parameters = {name: getattr(result.request, name) for name in REQUEST_COLUMNS}
         image = {"bytes": data, "path": None}
-        return {**parameters, "image": image, "sha256": hashlib.sha256(data).hexdigest(), ERROR: ""}
+        digest = hashlib.sha256(data).hexdigest()
+        return {**parameters, **scores, "image": image, "sha256": digest, ERROR: ""}
 
-    def _encoded(self, image: Image.Image, request: ImageRequest) -> bytes:
+    def _finished(self, image: Image.Image, request: ImageRequest) -> tuple[bytes, Row]:
+        """A picture looked at and encoded; runs in a thread."""
         encoding, model = self._config.encoding, self._model
-        return encode_image(
+        scores = self._examiner.examine(image, request)
+        data = encode_image(
             image,
             request,
             format=encoding.format,
@@ -158,6 +169,7 @@ class Generator:
             model=model.name,
             model_checksum=model.checksum,
         )
+        return data, scores
 
     def _seed(self, row: Row, given: Row) -> Any:
         for values in (given, self._config.defaults):
@@ -168,14 +180,17 @@ class Generator:
         return derived_seed(self._config.seed, own)
 
 
-SCHEMA = pa.schema(
-    [
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("sha256", pa.string()),
-        *REQUEST_COLUMNS.items(),
-        (ERROR, pa.string()),
-    ]
-)
+def _schema(scores: Mapping[str, pa.DataType]) -> pa.Schema:
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.schema(
+        [
+            ("image", image),
+            ("sha256", pa.string()),
+            *REQUEST_COLUMNS.items(),
+            *scores.items(),
+            (ERROR, pa.string()),
+        ]
+    )
 
 
 def _unless_failed(postprocess: Callable[[Row], Row]) -> Callable[[Row], Row]:

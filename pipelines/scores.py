@@ -28,6 +28,7 @@ import pyarrow as pa
 from PIL import Image
 
 from diffray.model.checks import PromptFilter, is_blank, measure
+from diffray.model.errors import GenerationError
 from diffray.model.request import ImageRequest
 
 from .checks import MEASURES, NETWORKS, Checks, Scorer
@@ -39,7 +40,7 @@ BUILT_IN = (*MEASURES, *NETWORKS)
 Score = Callable[[Image.Image, ImageRequest], Mapping[str, Any]]
 
 
-class Refused(Exception):
+class Refused(GenerationError):
     """A picture that is not to be written.
 
     Attributes:
@@ -48,7 +49,7 @@ class Refused(Exception):
     """
 
     def __init__(self, column: str | None, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(f"{column}: {reason}" if column else reason)
         self.column, self.reason = column, reason
 
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from diffray.model.checks import measure
 from diffray.model.errors import GenerationError
-from diffray.pipelines import ProcessorConfig, build_processor
+from diffray.pipelines import Checks, ProcessorConfig, build_processor
 from diffray.pipelines.processor import ERROR, Generator
 
 from .fake import FakeModels
@@ -66,6 +67,16 @@ def test_errors_are_a_column_when_asked() -> None:
     for row, said, prompt in ((poison, "non-finite", "POISON"), (wrong, "steps", "q")):
         assert said in row[ERROR]
         assert (row["image"], row["prompt"]) == (None, prompt)
+
+
+def test_checks_are_those_of_a_job() -> None:
+    checks = Checks(block=("fox",), measures=True)
+    config = ProcessorConfig(should_continue_on_error=True, checks=checks)
+    good, blocked, blank = rows(config, [{"prompt": p} for p in ("p", "a fox", "BLANK")])
+    assert good["brightness"] == measure(Image.open(io.BytesIO(good["image"]["bytes"]))).brightness
+    for row, said in ((blocked, "'fox'"), (blank, "blank: all pixels are #010203")):
+        assert said in row[ERROR]
+        assert (row["image"], row["brightness"]) == (None, None)
 
 
 def test_errors_stop_the_stage_when_not_asked() -> None:
