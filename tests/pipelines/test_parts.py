@@ -119,24 +119,17 @@ def test_the_same_bytes_every_time(place: Place, layout: str) -> None:
 
 
 def test_row_groups_fit_readers(place: Place) -> None:
-    shard = read_plan_shard(place, 250)
-    small, large = (
-        pq.ParquetFile(io.BytesIO(table(shard, bytes_each))).metadata for bytes_each in (1000, 2**20)
-    )
+    place.job(place.write("prompt\nx\n"))
+    [image] = read_shard(Store(str(place.path / "out")), 0).images
+
+    def groups(size: int) -> Any:
+        made = [Made(image, ImageRequest(), bytes(size), "s")] * 250
+        files = part_files(0, pa.schema([]), made, [], Output("png", "parquet", "m", "c"))
+        return pq.ParquetFile(io.BytesIO(files["data/part-00000.parquet"].data)).metadata
+
+    small, large = groups(1000), groups(2**20)
     assert [small.row_group(i).num_rows for i in range(small.num_row_groups)] == [100, 100, 50]
     assert [large.row_group(i).num_rows for i in range(large.num_row_groups)] == [64, 64, 64, 58]
-
-
-def read_plan_shard(place: Place, images: int) -> Any:
-    place.job(place.write(f"prompt,n\nx,{images}\n"), shards={"images": images}, gallery=0, contact_sheet=0)
-    return read_shard(Store(str(place.path / "out")), 0)
-
-
-def table(shard: Any, size: int) -> bytes:
-    made = [Made(image, ImageRequest(), bytes(size), "s") for image in shard.images]
-    return part_files(0, shard.user, made, [], Output("png", "parquet", "m", "c"))[
-        "data/part-00000.parquet"
-    ].data
 
 
 def test_what_a_crashed_attempt_left_is_gone(place: Place) -> None:
