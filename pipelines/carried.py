@@ -11,15 +11,19 @@ import pyarrow as pa
 from .blobs import Reference
 from .schemas import OWN_COLUMNS
 
+FEATURE = b"huggingface"
+
 
 class UserColumns:
     """Names and types of the user's columns.
 
     Types are those that the input states (`stated`), else what fits all values that `observe` saw; a column whose
-    values fit no common type becomes JSON text. Names that diffray uses itself get `input_` in front.
+    values fit no common type becomes JSON text. Names that diffray uses itself get `input_` in front. What a
+    Hugging Face dataset says about a column (`features`) goes with it, as metadata of its field.
     """
 
-    def __init__(self, stated: pa.Schema | None) -> None:
+    def __init__(self, stated: pa.Schema | None, features: Mapping[str, Any]) -> None:
+        self._features = features
         self._stated = {field.name: field.type for field in stated} if stated else {}
         self._types: dict[str, pa.DataType | None] = {}
         self._pending: dict[str, list[Any]] = {}
@@ -53,7 +57,9 @@ class UserColumns:
             ):
                 output = f"input_{output}"
             self._names[name] = output
-            fields.append(pa.field(output, pa.string() if kind is None or pa.types.is_null(kind) else kind))
+            known = {FEATURE: json.dumps(self._features[name])} if name in self._features else None
+            shown = pa.string() if kind is None or pa.types.is_null(kind) else kind
+            fields.append(pa.field(output, shown, metadata=known))
         self.schema = pa.schema(fields)
 
     def pick(self, values: Mapping[str, Any]) -> dict[str, Any]:

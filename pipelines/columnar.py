@@ -47,18 +47,13 @@ def stated_schema(file: IO[bytes], name: str) -> pa.Schema:
         return pa.ipc.open_file(file).schema
 
 
-def class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Column to the names of its class numbers, where a Hugging Face dataset says them."""
+def features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Column to what a Hugging Face dataset says about it: that it is a picture, the names of its classes."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        found = {
-            name: feature["names"]
-            for name, feature in features.items()
-            if feature.get("_type") == "ClassLabel"
-        }
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
-    return {name: names for name, names in found.items() if isinstance(names, list)}
 
 
 def _rows(batch: pa.RecordBatch, name: str, start: int, blobs: list[str]) -> Iterator[SourceRow]:

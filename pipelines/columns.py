@@ -158,11 +158,13 @@ class Columns:
         return any(column in MADE and values.get(column) is not None for column in looked)
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str).encode
+
+
 def content_hash(row: SourceRow) -> int:
     """64 bits of the row's values, whatever their order; of its place when it could not be read."""
     content: object = {k: v for k, v in row.values.items() if v is not None} or [row.file, row.line]
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    return text_hash(text)
+    return text_hash(_CANONICAL(content))
 
 
 def text_hash(text: str) -> int:

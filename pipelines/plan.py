@@ -199,8 +199,12 @@ class Survey:
         self._source, self._rules = source, rules
         self.rows = 0
         columns: dict[str, None] = {}
-        user = UserColumns(source.schema())
-        rules.classes = source.classes
+        user = UserColumns(source.schema(), source.features)
+        rules.classes = {
+            name: feature["names"]
+            for name, feature in source.features.items()
+            if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+        }
         for variant in rules.variants:
             user.observe({name: variant.values[name] for name in rules.variables})
         given, derived, placed = array("Q"), array("Q"), 0

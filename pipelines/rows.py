@@ -108,13 +108,11 @@ class RowRules:
         self.templates = {name: Template(name, text) for name, text in config.templates.items()}
         self.variants = variants(config.sweep)
         self._check_names()
+        fields = {*self.columns.fields, "model"}
+        self.variables = tuple(name for name in config.sweep if name not in fields)
+        """Swept names that are no fields: they become columns of the output."""
         self.defaults = {**self.kind.defaults, **config.defaults}
         self._settings = SettingsOf(self.kind, models, self.defaults, several=bool(config.models))
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """Swept names that are no fields: they become columns of the output."""
-        return tuple(name for name in self._config.sweep if name not in {*self.columns.fields, "model"})
 
     def _check_names(self) -> None:
         config, task = self._config, self._config.task

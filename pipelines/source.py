@@ -32,7 +32,7 @@ import pyarrow as pa
 from diffray.model.storage import open_storage
 
 from .archives import read_tar
-from .columnar import class_names, read_arrow, read_parquet, stated_schema
+from .columnar import features, read_arrow, read_parquet, stated_schema
 from .config import InvalidJob
 from .readers import SourceRow, checked, read_csv, read_jsonl, read_text, read_tsv
 
@@ -105,8 +105,8 @@ class Source:
         self.files = tuple(path for one in found for path in one.files)
         self._root = commonpath([one.root for one in found])
         self.root = self._root if "://" not in urls[0] else str(self._fs.unstrip_protocol(self._root))
-        self.classes: dict[str, list[str]] = {}
-        """Column to the names of its class numbers, filled by `schema`."""
+        self.features: dict[str, dict[str, Any]] = {}
+        """What a Hugging Face dataset says about its columns, filled by `schema`."""
 
     def rows(self) -> Iterator[SourceRow]:
         """All rows of all files.
@@ -157,7 +157,7 @@ class Source:
                     schemas.append(stated_schema(file, path))
             except (OSError, pa.ArrowException) as error:
                 raise InvalidJob(f"input {path}: {error}") from None
-            self.classes |= class_names(schemas[-1])
+            self.features |= features(schemas[-1])
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
         except pa.ArrowException as error:

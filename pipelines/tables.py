@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from diffray.model.request import ImageRequest
 
 from .blobs import Reference, StructReference, is_blob
+from .carried import FEATURE
 from .rows import PlannedImage
 from .schemas import ID, IMAGE, LATENTS, MADE, PLACE, PLAN, VERDICT
 from .values import REQUEST_COLUMNS, as_text
 
 ROW_GROUP = 100
 """Images per row group: readers that want one image load at most this many."""
-_HUGGINGFACE = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
 _PLAN_TYPE = b"diffray"
 """In the plan, values that stay in the input are text; this key of the column's metadata holds their own type."""
 
@@ -76,18 +76,16 @@ def _planned(row: dict[str, Any], user: list[str], left: Mapping[str, type[Refer
 
 def _as_planned(field: pa.Field) -> pa.Field:
     if not is_blob(field.type):
-        return field.with_metadata(None)
-    schema = pa.schema([pa.field("of", field.type)])
-    return pa.field(
-        field.name, pa.string(), metadata={_PLAN_TYPE: base64.b64encode(schema.serialize().to_pybytes())}
-    )
+        return field
+    own = base64.b64encode(pa.schema([pa.field("of", field.type)]).serialize().to_pybytes())
+    return pa.field(field.name, pa.string(), metadata={**(field.metadata or {}), _PLAN_TYPE: own})
 
 
 def _as_carried(field: pa.Field) -> pa.Field:
-    kept = (field.metadata or {}).get(_PLAN_TYPE)
-    if kept is None:
-        return field.with_metadata(None)
-    return pa.field(field.name, pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kept))).field(0).type)
+    metadata = field.metadata or {}
+    kind, feature = metadata.get(_PLAN_TYPE), metadata.get(FEATURE)
+    own = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kind))).field(0).type if kind else field.type
+    return pa.field(field.name, own, metadata={FEATURE: feature} if feature else None)
 
 
 def data_row(image: PlannedImage, request: ImageRequest, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,8 +100,13 @@ def data_schema(
     image = [pa.field("file_name", pa.string())] if files else [pa.field("image", IMAGE)]
     if latents:
         image = _fields(LATENTS)
-    fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *scores, *user]
-    return pa.schema(fields, metadata=None if files or latents else _HUGGINGFACE)
+    carried = [field.with_metadata(None) for field in user]
+    fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *scores, *carried]
+    known = {f.name: json.loads(f.metadata[FEATURE]) for f in user if FEATURE in (f.metadata or {})}
+    if not (files or latents):
+        known["image"] = {"_type": "Image"}
+    info = {FEATURE: json.dumps({"info": {"features": known}}).encode()}
+    return pa.schema(fields, metadata=info if known else None)
 
 
 def rejected_row(image: PlannedImage, verdict: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def test_hugging_face_datasets_on_disk(place: Place, dataset: datasets.Dataset, 
     assert (row["stage"], row["field"]) == ("source", "init_image")
     again = datasets.load_dataset("parquet", data_files=str(place.path / "out/data/*.parquet"), split="train")
     assert again[0]["image"].size == (16, 16)
+    assert again.features["label"].names == ["cat", "dog"]
+    assert {row["label"]: row["mask"] and row["mask"].size for row in again} == {0: (16, 16), 1: None}
 
 
 def test_a_dataset_of_several_splits_and_a_selection_are_refused(
