@@ -35,12 +35,14 @@ class Origin:
 
     Attributes:
         worker: a random name.
+        run: number of the run of the job.
         born: when the worker began, in seconds since 1970, before it loaded the model.
         start: seconds of the phases before its first shard.
         began, ended: when it worked on the shard.
     """
 
     worker: str = ""
+    run: int = 0
     born: float = 0.0
     start: Mapping[str, float] = field(default_factory=dict)
     began: float = 0.0

@@ -120,7 +120,9 @@ class Worker:
             encoding.metadata,
             self._examiner.columns,
         )
-        self._origin = Origin(uuid.uuid4().hex[:12], time.time() - (time.monotonic() - began), self.start)
+        self._origin = Origin(
+            uuid.uuid4().hex[:12], task.run, time.time() - (time.monotonic() - began), self.start
+        )
         self._check_model()
 
     def close(self) -> None:

@@ -47,12 +47,13 @@ class Times:
     """What is known of the time that a job took; seconds of workers that died before a commit are not.
 
     Attributes:
-        seconds: in which at least one shard was being made; pauses between two runs do not count.
+        seconds: from each run's first shard to its last commit; pauses between two runs do not count.
         machine_seconds: sum over workers, from their start (weights not loaded yet) to their last commit.
         workers: how many there were.
         start: mean seconds of each phase of a worker's start.
         stages: seconds that images spent in each stage, added up; waiting for others included.
         spans: (began, ended, images) of every shard, in seconds since 1970.
+        runs: (began, ended) of every run, joined where they overlap.
     """
 
     seconds: float = 0.0
@@ -61,11 +62,17 @@ class Times:
     start: Mapping[str, float] = field(default_factory=dict)
     stages: Mapping[str, float] = field(default_factory=dict)
     spans: Sequence[tuple[float, float, int]] = ()
+    runs: Sequence[tuple[float, float]] = ()
 
     @classmethod
     def of(cls, commits: Sequence[Commit]) -> Times:
         """The times in a job's commit records."""
-        spans = sorted((c.origin.began, c.origin.ended, c.images) for c in commits if c.origin.ended)
+        timed = [commit for commit in commits if commit.origin.ended]
+        bounds: dict[int, tuple[float, float]] = {}
+        for origin in (commit.origin for commit in timed):
+            began, ended = bounds.get(origin.run, (origin.began, origin.ended))
+            bounds[origin.run] = min(began, origin.began), max(ended, origin.ended)
+        runs = _united(bounds.values())
         born: dict[str, float] = {}
         last: dict[str, float] = {}
         starts: dict[str, Mapping[str, float]] = {}
@@ -80,12 +87,13 @@ class Times:
                     stages[stage] = stages.get(stage, 0.0) + seconds
         phases = sorted({phase for start in starts.values() for phase in start})
         return cls(
-            seconds=sum(end - begin for begin, end in _united(spans)),
+            seconds=sum(end - begin for begin, end in runs),
             machine_seconds=sum(max(0.0, last[name] - born[name]) for name in born),
             workers=len(born),
             start={p: sum(s.get(p, 0.0) for s in starts.values()) / len(starts) for p in phases},
             stages=stages,
-            spans=spans,
+            spans=sorted((c.origin.began, c.origin.ended, c.images) for c in timed),
+            runs=runs,
         )
 
 
@@ -141,12 +149,11 @@ def account(
 
 def throughput(times: Times, bins: int = 60) -> bytes:
     """`throughput.svg`: images per second over the time in which shards were made."""
-    united = _united(times.spans)
-    length = sum(end - begin for begin, end in united)
+    runs, length = times.runs, times.seconds
     if not length:
         return bars("Images per second", [], "no shard was timed", "", "", alone=True).encode()
-    starts = np.array([begin for begin, _ in united])
-    before = np.cumsum([0.0, *(end - begin for begin, end in united)])[:-1]
+    starts = np.array([begin for begin, _ in runs])
+    before = np.cumsum([0.0, *(end - begin for begin, end in runs)])[:-1]
     edges, done = np.linspace(0, length, bins + 1), np.zeros(bins)
     for began, ended, images in times.spans:
         place = int(np.searchsorted(starts, began, side="right")) - 1
@@ -156,15 +163,15 @@ def throughput(times: Times, bins: int = 60) -> bytes:
         done += images * inside / (high - low)
     rates = done / (length / bins)
     mean = sum(images for _, _, images in times.spans) / length
-    runs = f", {len(united)} runs" if len(united) > 1 else ""
-    caption = f"mean {number(float(f'{mean:.3g}'))}/s, peak {number(float(f'{rates.max():.3g}'))}/s{runs}"
+    paused = f", {len(runs)} runs" if len(runs) > 1 else ""
+    caption = f"mean {number(float(f'{mean:.3g}'))}/s, peak {number(float(f'{rates.max():.3g}'))}/s{paused}"
     return bars("Images per second", rates.tolist(), "0", caption, _duration(length), alone=True).encode()
 
 
-def _united(spans: Iterable[tuple[float, ...]]) -> list[tuple[float, float]]:
+def _united(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """Overlapping spans joined, in order."""
     joined: list[tuple[float, float]] = []
-    for began, ended, *_ in sorted(spans):
+    for began, ended in sorted(spans):
         if joined and began <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(joined[-1][1], ended)
         else:

@@ -19,7 +19,14 @@ from ..conftest import Place
 
 
 def commit(shard: int, worker: str, born: float, began: float, ended: float, images: int = 10) -> Commit:
-    origin = Origin(worker, born, {"fetch": 1.0, "load": 3.0 if worker == "a" else 5.0}, began, ended)
+    origin = Origin(
+        worker,
+        2 if worker == "c" else 1,
+        born,
+        {"fetch": 1.0, "load": 3.0 if worker == "a" else 5.0},
+        began,
+        ended,
+    )
     timings = {"denoise": 2.0, "encode": 0.5, "shard_seconds": 99.0}
     return Commit(shard, images, images, 0, (), {}, {}, timings, origin)
 
