@@ -251,7 +251,7 @@ class _Pace(ProgressColumn):
 
 def _shards(now: Standing) -> Iterator[str]:
     if now.pulse is not None:
-        yield f"{now.pulse.running} shards in work, {now.pulse.waiting:,} waiting"
+        yield f"{now.pulse.running} shard{'s' * (now.pulse.running != 1)} in work, {now.pulse.waiting:,} waiting"
 
 
 def _engines(now: Standing) -> Iterator[str]:

@@ -1,0 +1,125 @@
+"""What a large table costs the driver: `python -m benchmarks.planning`. Time and memory of planning, and of starting
+again when half of the shards are committed, each in a process of its own. No images are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from diffray.pipelines import JobConfig, Store, run
+from diffray.pipelines.commit import Commit, commit_path
+from diffray.pipelines.plan import read_plan
+
+from . import machine
+from .pairing import RESULTS
+
+CHUNK = 100_000
+
+
+class Planned(Exception):
+    """Raised where images would be made."""
+
+
+def table(path: Path, rows: int) -> None:
+    """A Parquet table of distinct prompts, a label and a seed."""
+    schema = pa.schema([("prompt", pa.string()), ("label", pa.int64()), ("seed", pa.int64())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, CHUNK):
+            numbers = np.arange(start, min(rows, start + CHUNK))
+            prompts = [f"a photograph of object number {n}, studio light" for n in numbers]
+            writer.write_table(
+                pa.table({"prompt": prompts, "label": numbers % 1000, "seed": numbers}, schema)
+            )
+
+
+def half_committed(output: str) -> None:
+    """Records for every other shard, as large as real ones."""
+    store = Store(output)
+    plan = read_plan(store)
+    assert plan is not None
+    each = plan.images // plan.shards
+    for shard in range(0, plan.shards, 2):
+        file = {"path": f"data/part-{shard:05d}.parquet", "bytes": 10**7, "rows": each, "sha256": "0" * 64}
+        sums = {f"{shard:08x}{i:08x}-0": f"{i:064x}" for i in range(each)}
+        commit = Commit(
+            shard=shard, planned=each, images=each, rejected=0, files=(file,), image_sha256=sums, reasons={}
+        )
+        store.write(commit_path(shard), json.dumps(asdict(commit)).encode())
+
+
+def once(folder: Path) -> dict[str, float]:
+    """Run the job up to its first image, in this process."""
+
+    def stop(*_: Any) -> Iterator[Any]:
+        raise Planned
+
+    before, began = _peak(), time.perf_counter()
+    config = JobConfig(input=str(folder / "in.parquet"), output=str(folder / "out"))
+    with suppress(Planned):
+        run(config, generate=stop)
+    return {"seconds": time.perf_counter() - began, "peak_mib": _peak(), "imports_mib": before}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--plan-only", type=int, nargs="*", default=[10_000_000])
+    parser.add_argument("--folder", type=Path, help="internal: measure one start in this folder")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.folder:
+        print(json.dumps(once(options.folder)))
+        return
+    found = []
+    for rows in (*options.rows, *options.plan_only):
+        folder = Path(tempfile.mkdtemp(prefix="diffray-planning-"))
+        try:
+            table(folder / "in.parquet", rows)
+            found.append({"rows": rows, "what": "plan", **_apart(folder)})
+            print(json.dumps(found[-1]), flush=True)
+            if rows in options.rows:
+                half_committed(str(folder / "out"))
+                found.append({"rows": rows, "what": "start again, half committed", **_apart(folder)})
+                print(json.dumps(found[-1]), flush=True)
+        finally:
+            shutil.rmtree(folder)
+    kind = machine.kind(torch.device("cpu"))
+    values = {
+        "name": "planning",
+        "machine": machine.facts(torch.device("cpu")),
+        "kind": kind,
+        "planning": found,
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / f"planning-{kind}.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _apart(folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.planning", "--folder", str(folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(answer.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()
