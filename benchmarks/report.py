@@ -18,6 +18,17 @@ from .pairing import RESULTS
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- results: python -m benchmarks.report --write -->", "<!-- /results -->"
 PAIRED = ("measured", "rival", "diffray, s", "rival, s", "ratio, wall", "ratio, CPU", "max diff", "drift")
+SCALE = (
+    "engines",
+    "images",
+    "T(1) / (k T(k))",
+    "of the ideal",
+    "busy",
+    "slots full",
+    "start, s",
+    "whole job, s",
+)
+PLANNING = ("rows", "what", "s", "peak memory, MiB", "of it imports, MiB")
 JOBS = ("measured", "what", "bare engine, s", "job, s", "overhead", "max diff", "drift")
 
 
@@ -33,6 +44,15 @@ def table(folder: Path = RESULTS) -> str:
             parts.append(_table(PAIRED, rows))
         if rows := [row for one in here if JOB in one["ratios"] for row in _jobs(one)]:
             parts.append(_table(JOBS, rows))
+        for one in found:
+            if one["kind"] == kind and "scale" in one:
+                parts += [
+                    _scale_title(one),
+                    _table(SCALE, [_scale(row, one["scale"][0]) for row in one["scale"]]),
+                ]
+            if one["kind"] == kind and "planning" in one:
+                parts += ["The driver's part of a large table, before the first image:"]
+                parts += [_table(PLANNING, [_planning(row) for row in one["planning"]])]
         for one in served:
             parts += [_served(one), _table(HEAD, [list(cells) for cells in served_table(one["loads"])])]
     return "\n\n".join(parts) or "No results yet."
@@ -70,6 +90,37 @@ def _served(one: dict[str, Any]) -> str:
         f"`{one['name']}`: {sizes} in {steps} steps; capacity {one['capacity']:.2f} images/s, "
         f"{one['alone']:.2f} s alone, goodput within {one['deadline']:.2f} s; drift {_drift(one)}."
     )
+
+
+def _scale_title(one: dict[str, Any]) -> str:
+    of = one["settings"]
+    slow = f", one engine {of['slow']:g} times slower than the others" if of["slow"] != 1 else ""
+    return (
+        f"Scheduling on synthetic devices (they sleep {of['step_seconds']:g} s for a step of {of['batch']} images)"
+        f": {of['shards_per_engine']} shards of {of['images_per_shard']} images with {of['steps']} steps for each "
+        f"engine{slow}."
+    )
+
+
+def _scale(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    shares = [row["efficiency"] / first["efficiency"], row["efficiency"], row["busy"], row["occupancy"]]
+    seconds = [f"{row[key]:.1f}" for key in ("start_seconds", "job_seconds")]
+    return [
+        str(row["engines"]),
+        f"{row['images']:,}",
+        *(f"{100 * share:.1f} %" for share in shares),
+        *seconds,
+    ]
+
+
+def _planning(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['rows']:,}",
+        row["what"],
+        f"{row['seconds']:.1f}",
+        f"{row['peak_mib']:.0f}",
+        f"{row['imports_mib']:.0f}",
+    ]
 
 
 def _interval(found: dict[str, float] | None) -> str:

@@ -23,11 +23,13 @@ from diffray.model.request import ImageRequest
 
 from .checks import Checks
 from .columns import content_hash
-from .config import Encoding, ModelOptions, Strict
+from .config import Encoding, ModelOptions, Pictures, Strict
 from .models import Models
+from .pictures import fitted, picture
 from .readers import SourceRow
 from .rows import derived_seed
 from .scores import Examiner
+from .tasks import KINDS, PICTURE_FIELDS
 from .values import REQUEST_COLUMNS, request_from
 
 if TYPE_CHECKING:
@@ -48,8 +50,12 @@ class ProcessorConfig(Strict):
     encoding: Encoding = Encoding()
     checks: Checks = Checks()
     """As in a job: scores become columns, what is refused becomes an error. Near duplicates need a whole job."""
+    pictures: Pictures = Pictures()
+    """Rules for the source pictures `init_image`, `mask` and `depth`; `root` is not used here."""
     batch_size: int = Field(default=32, ge=1)
-    """Rows of one block that an actor works on together."""
+    """Rows that come back together."""
+    max_concurrent_batches: int = Field(default=4, ge=1)
+    """Batches that one actor works on at once, so that its engine never runs dry between two."""
     concurrency: int | tuple[int, int] = 1
     """Number of actors, or the least and the most."""
     gpus: float = Field(default=0.0, ge=0)
@@ -57,6 +63,8 @@ class ProcessorConfig(Strict):
     """What each actor takes."""
     accelerator_type: str | None = None
     """Only nodes with this accelerator, by Ray's name for it."""
+    label_selector: dict[str, str] = Field(default={})
+    """Only nodes with these Ray labels."""
     should_continue_on_error: bool = False
     """Put a row's error into the column `__inference_error__` (empty where all is well) instead of failing."""
 
@@ -70,10 +78,13 @@ class Processor:
         config: ProcessorConfig,
         preprocess: Callable[[Row], Row] | None,
         postprocess: Callable[[Row], Row] | None,
+        preprocess_options: dict[str, Any],
+        postprocess_options: dict[str, Any],
         models: Models,
     ) -> None:
         self._config, self._models = config, models
         self._preprocess, self._postprocess = preprocess, postprocess
+        self._preprocess_options, self._postprocess_options = preprocess_options, postprocess_options
 
     def __call__(self, dataset: Dataset) -> Dataset:
         from ray.data import ActorPoolStrategy
@@ -82,26 +93,37 @@ class Processor:
         where: dict[str, Any] = {}
         if config.accelerator_type:
             where["accelerator_type"] = config.accelerator_type
+        if config.label_selector:
+            where["label_selector"] = config.label_selector
         least, most = (config.concurrency,) * 2 if isinstance(config.concurrency, int) else config.concurrency
         if self._preprocess is not None:
-            dataset = dataset.map(self._preprocess)
+            dataset = dataset.map(self._preprocess, **self._preprocess_options)
         dataset = dataset.map_batches(
             Generator,
             fn_constructor_args=(config, self._models),
             batch_size=config.batch_size,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=least, max_size=most),
+            compute=ActorPoolStrategy(
+                min_size=least,
+                max_size=most,
+                max_tasks_in_flight_per_actor=2 * config.max_concurrent_batches,
+                max_concurrent_calls_per_actor=config.max_concurrent_batches,
+            ),
             num_cpus=None if config.gpus else config.cpus,
             num_gpus=config.gpus or None,
             **where,
         )
-        return dataset if self._postprocess is None else dataset.map(_unless_failed(self._postprocess))
+        if self._postprocess is None:
+            return dataset
+        return dataset.map(_unless_failed(self._postprocess), **self._postprocess_options)
 
 
 def build_processor(
     config: ProcessorConfig,
     preprocess: Callable[[Row], Row] | None = None,
     postprocess: Callable[[Row], Row] | None = None,
+    preprocess_map_kwargs: dict[str, Any] | None = None,
+    postprocess_map_kwargs: dict[str, Any] | None = None,
     *,
     models: Models | None = None,
 ) -> Processor:
@@ -110,17 +132,26 @@ def build_processor(
     Args:
         config: model, defaults and resources.
         preprocess: makes a row with request fields (`prompt`, `steps`, ...) of a row; other columns are carried.
+            `init_image`, `mask` and `depth` are image files: bytes, or structs with `bytes`.
         postprocess: maps every row that has an image; failed rows pass by it unchanged.
+        preprocess_map_kwargs, postprocess_map_kwargs: further arguments of these two `Dataset.map` calls.
         models: opens the model; another one lets a stage run on an engine of one's own.
     """
-    return Processor(config, preprocess, postprocess, models or Models())
+    return Processor(
+        config,
+        preprocess,
+        postprocess,
+        preprocess_map_kwargs or {},
+        postprocess_map_kwargs or {},
+        models or Models(),
+    )
 
 
 class Generator:
     """The class that Ray Data runs in an actor: one engine, all rows of a batch in flight at once."""
 
     def __init__(self, config: ProcessorConfig, models: Models) -> None:
-        self._config = config
+        self._config, self._kind = config, models.config(config.model)
         self._examiner = Examiner(config.checks)
         self._schema = _schema(self._examiner.columns)
         self._model = models.open(config.model)
@@ -137,7 +168,7 @@ class Generator:
     async def _one(self, row: Row) -> Row:
         given = {name: row[name] for name in REQUEST_COLUMNS if row.get(name) is not None}
         try:
-            request = request_from({**self._config.defaults, **given, "seed": self._seed(row, given)})
+            request = await asyncio.to_thread(self._request, row, given)
             if refusal := self._examiner.guard(request):
                 raise InvalidRequest("prompt", refusal)
             result = await asyncio.wrap_future(self._model.engine.submit(request).future)
@@ -156,6 +187,15 @@ class Generator:
         image = {"bytes": data, "path": None}
         digest = hashlib.sha256(data).hexdigest()
         return {**parameters, **scores, "image": image, "sha256": digest, ERROR: ""}
+
+    def _request(self, row: Row, given: Row) -> ImageRequest:
+        request = request_from({**self._config.defaults, **given, "seed": self._seed(row, given)})
+        rules, kind = self._config.pictures, KINDS["generate"]
+        data = {name: _file(name, row[name]) for name in PICTURE_FIELDS if row.get(name) is not None}
+        if not data:
+            return request
+        pictures = {name: picture(file, name, rules) for name, file in data.items()}
+        return kind.request(request, row, fitted(pictures, rules, request.width, request.height), self._kind)
 
     def _finished(self, image: Image.Image, request: ImageRequest) -> tuple[bytes, Row]:
         """A picture looked at and encoded; runs in a thread."""
@@ -191,6 +231,14 @@ def _schema(scores: Mapping[str, pa.DataType]) -> pa.Schema:
             (ERROR, pa.string()),
         ]
     )
+
+
+def _file(field: str, value: Any) -> bytes:
+    """An image file as it stands in a cell: bytes, or a struct of Hugging Face's with bytes in it."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise InvalidRequest(field, f"got {type(data).__name__}, allowed are an image file's bytes")
+    return data
 
 
 def _unless_failed(postprocess: Callable[[Row], Row]) -> Callable[[Row], Row]:

@@ -84,6 +84,27 @@ def test_errors_stop_the_stage_when_not_asked() -> None:
         rows(ProcessorConfig(), BAD[:2])
 
 
+def test_source_pictures_are_columns() -> None:
+    files = [io.BytesIO() for _ in range(2)]
+    Image.new("RGB", (64, 64), "red").save(files[0], "PNG")
+    Image.new("L", (64, 64), 255).save(files[1], "PNG")
+    data, white = (file.getvalue() for file in files)
+    given = [
+        {"prompt": "p", "seed": 1, "init_image": data, "mask": None},
+        {"prompt": "p", "seed": 1, "init_image": data, "mask": white},
+        {"prompt": "p", "seed": 1, "init_image": None, "mask": None},
+        {"prompt": "p", "seed": 1, "init_image": b"no picture", "mask": None},
+    ]
+    defaults = {"width": 64, "height": 64, "strength": 0.5}
+    config = ProcessorConfig(defaults=defaults, should_continue_on_error=True)
+    varied, masked, wrong, broken = rows(config, given)
+    assert varied["init_image"] == data, "carried along"
+    assert (varied[ERROR], masked[ERROR]) == ("", "")
+    assert varied["sha256"] != masked["sha256"]
+    assert "init_image" in broken[ERROR] and "cannot be read" in broken[ERROR]  # noqa: PT018
+    assert "strength" in wrong[ERROR]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_as_a_stage_of_a_ray_dataset() -> None:
