@@ -32,6 +32,8 @@ from .index import index_part, index_path
 from .rows import PlannedImage
 from .tables import data_row, data_schema, parquet, rejected_row, rejected_schema
 
+MAX_REASON = 2000
+"""Characters of a reason; an error of other people's code may say a lot more."""
 GROUP_BYTES = 64 * 2**20
 """Row groups of a data part hold about this much at most: a reader of one image loads one group."""
 PART = re.compile(r"part-\d{5,}(\.parquet|\.tar|/metadata\.(parquet|jsonl))$")
@@ -63,6 +65,9 @@ class Rejected:
     field: str | None
     reason: str
     attempts: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", self.reason[:MAX_REASON])
 
 
 Outcome = Made | Rejected

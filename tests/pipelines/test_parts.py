@@ -155,6 +155,12 @@ def test_what_a_crashed_attempt_left_is_gone(place: Place) -> None:
     }
 
 
+def test_a_reason_is_never_endless(place: Place) -> None:
+    place.job(place.write("prompt\nx\n"))
+    [image] = read_shard(Store(str(place.path / "out")), 0).images
+    assert len(Rejected(image, "generate", None, "x" * 10**6, 1).reason) == 2000
+
+
 def test_json_holds_what_columns_can_hold(place: Place) -> None:
     """Dates, decimals, bytes, lists, NaN: a row of any table is valid JSON."""
     values = {
