@@ -18,6 +18,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -87,7 +88,8 @@ class ShardActor:
 
     async def _keep_reporting(self) -> None:
         while True:
-            await self._report()
+            with suppress(Exception):  # a report that does not arrive is no reason to stop
+                await self._report()
             await asyncio.sleep(board.TICK)
 
     async def _report(self) -> None:

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,7 +117,8 @@ class Pool:
                 row = self._next_row()
                 yield from self._look("running")
         finally:
-            ray.get(self._board.close.remote())
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._board.close.remote(), timeout=PATIENCE)
             self._thread.join(PATIENCE)
         yield from self._look("finished")
 
