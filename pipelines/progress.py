@@ -231,9 +231,10 @@ class _Bar(Bar):
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         style = "red" if self._standing.rejected else "dim"
-        parts = [Text(f"{self._standing.rejected:,} rejected", style=style)]
-        parts += [Text(part, style="dim") for part in (*_shards(self._standing), *_engines(self._standing))]
-        yield Text("  ·  ", style="dim").join(parts)
+        dot = Text("  ·  ", style="dim")
+        rejected = Text(f"{self._standing.rejected:,} rejected", style=style)
+        yield dot.join([rejected, *(Text(part, style="dim") for part in _shards(self._standing))])
+        yield dot.join(Text(part, style="dim") for part in _engines(self._standing))
 
 
 class _Pace(ProgressColumn):
