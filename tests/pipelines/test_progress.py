@@ -87,9 +87,8 @@ def test_the_live_display_says_the_same() -> None:
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert "5 of 40 images" in shown
-    assert (
-        "0 rejected  ·  1 shard in work, 5 waiting  ·  1 engine 90% busy, slots 75% full, 1 starting" in shown
-    )
+    assert "0 rejected  ·  1 shard in work, 5 waiting" in shown
+    assert "1 engine 90% busy, slots 75% full, 1 starting  ·  engine 8, encode 2, store 0" in shown
 
 
 def test_a_tally_integrates_how_full_the_engine_is(clock: list[float]) -> None:
