@@ -1,7 +1,8 @@
 """What the batch pipeline costs on top of the engine that does its work: the same images both ways.
 
-"steady" is the pace between the end of the first shard and the end of the last image, so that it holds no
-start-up on either side. "whole" is everything: for the bare engine loading the model and generating, for the
+"steady" begins when the model is loaded, on both sides in the process that will make the images, and ends with
+the last image made, or with the last one committed: both hold the engine's first calls, and neither any start
+of processes. "whole" is everything: for the bare engine loading the model and generating, for the
 job also planning, starting Ray and an actor, encoding, committing, proving and reporting.
 """
 
@@ -13,8 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffray.model import Engine, ImageRequest, load_model
-from diffray.pipelines import JobConfig, ModelOptions, ShardLimits, Workers, run
+from diffray.pipelines import JobConfig, ModelOptions, ShardLimits, Store, Workers, run
+from diffray.pipelines.runs import read_runs
 
 from . import machine, workload
 from .models import source
@@ -36,27 +37,11 @@ BARE, JOB = "bare engine", "job"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One run: seconds per image once it is going, seconds in all, and the images in the order asked."""
+    """One run: seconds per image with the model loaded, seconds in all, and the images in the order asked."""
 
     steady: float
     whole: float
     images: Tensor
-
-
-@dataclass
-class Stamps:
-    """A job's progress as pairs of a time and the images done by then."""
-
-    times: list[float] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)
-
-    def start(self, total: int, done: int, rejected: int) -> None: ...
-
-    def advance(self, images: int, rejected: int) -> None:
-        self.times.append(time.perf_counter())
-        self.images.append(images)
-
-    def stop(self) -> None: ...
 
 
 def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: Effort) -> Measurement:
@@ -101,21 +86,11 @@ def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: 
 def _bare(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
     began = time.perf_counter()
     engine = Engine(load_model(place), batch_size=batch)
-    times: list[float] = []
-
-    def note(_: Future[Any]) -> None:
-        times.append(time.perf_counter())
-
-    tickets = [engine.submit(request) for request in requests]
-    for ticket in tickets:
-        ticket.future.add_done_callback(note)
-    while engine.step():
-        pass
+    loaded = time.perf_counter()
+    results = engine.generate(requests)
     ended = time.perf_counter()
-    pixels = [np.asarray(ticket.future.result().image) for ticket in tickets]
-    return Made(
-        _pace(times[batch - 1 :], [batch] + [1] * (len(times) - batch)), ended - began, _tensor(pixels)
-    )
+    pixels = [np.asarray(result.image) for result in results]
+    return Made((ended - loaded) / len(requests), ended - began, _tensor(pixels))
 
 
 def _job(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
@@ -130,18 +105,16 @@ def _job(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
             shards=ShardLimits(images=batch),
             workers=Workers(actors=1, cpus=float(torch.get_num_threads())),
         )
-        stamps = Stamps()
         began = time.perf_counter()
-        run(config, progress=stamps)
+        run(config)
         ended = time.perf_counter()
-        return Made(_pace(stamps.times, stamps.images), ended - began, _tensor(_pixels(folder / "out")))
+        [record] = read_runs(Store(config.output))
+        [engine] = record["engines"]
+        start = sum(engine["start"][phase] for phase in ("imports", "fetch", "load"))
+        steady = (engine["seconds"] - start) / len(requests)
+        return Made(steady, ended - began, _tensor(_pixels(folder / "out")))
     finally:
         shutil.rmtree(folder)
-
-
-def _pace(times: Sequence[float], images: Sequence[int]) -> float:
-    """Seconds per image after the first entry; with a single entry there is no such time."""
-    return (times[-1] - times[0]) / sum(images[1:]) if len(times) > 1 else float("nan")
 
 
 def _row(request: ImageRequest) -> dict[str, Any]:

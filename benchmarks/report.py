@@ -76,7 +76,7 @@ def _paired(one: dict[str, Any]) -> Iterator[list[str]]:
 def _jobs(one: dict[str, Any]) -> Iterator[list[str]]:
     for clock, found in one["ratios"][JOB].items():
         bare, job = (median(one["wall"][f"{arm}, {clock}"]) for arm in ("bare engine", JOB))
-        what = "per image, start-up excluded" if clock == "steady" else "the whole run, start-up included"
+        what = "per image, model loaded" if clock == "steady" else "the whole run, start-up included"
         percent = {key: 100 * (value - 1) for key, value in found.items()}
         spread = f"{percent['median']:+.1f} % [{percent['low']:+.1f}, {percent['high']:+.1f}]"
         yield [one["name"], what, f"{bare:.4g}", f"{job:.4g}", spread, _distance(one, JOB), _drift(one)]
