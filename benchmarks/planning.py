@@ -83,7 +83,7 @@ def _peak() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 1_000_000])
     parser.add_argument("--plan-only", type=int, nargs="*", default=[10_000_000])
     parser.add_argument("--folder", type=Path, help="internal: measure one start in this folder")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -1,7 +1,7 @@
 """A batch job: plan -> generate -> commit -> report. The file to read first.
 
     plan      the input becomes numbered shards of image requests, written once          plan.py, rows.py
-    generate  engine actors make the shards that are not committed yet                   actors.py, worker.py
+    generate  engine actors make the shards that are not committed yet         actors.py, board.py, worker.py
     commit    each shard's files, then its record, which makes it final                  commit.py
     report    totals proven, contact sheet, dataset card, success mark                   report.py
 
