@@ -80,9 +80,8 @@ def main() -> None:
     import ray
 
     ray.cloudpickle.register_pickle_by_value(synthetic)
-    ray.init(
-        num_cpus=2 * max(options.engines), include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
+    cores = 2 * max(options.engines)
+    ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     runs = []
     for engines in options.engines:
         found = measured(engines, options.shards, options.images, options.step, options.slow)
