@@ -9,12 +9,13 @@ Read `job.py` first.
 
 from . import arrival  # noqa: F401  first of all, it takes the time
 from .checks import Checks, Scorer
-from .config import Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
+from .config import Between, Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
 from .job import JobResult, run
 from .models import Models, OpenModel
+from .pools import Pulse
 from .preview import Preview, preview
 from .processor import Processor, ProcessorConfig, build_processor
-from .progress import for_this_terminal
+from .progress import Progress, for_this_terminal
 from .schema import job_schema
 from .status import JobStatus, job_status
 from .store import Store
@@ -23,6 +24,7 @@ from .values import request_from
 from .verification import Fault, Verification, verify
 
 __all__ = [
+    "Between",
     "Checks",
     "Encoding",
     "Fault",
@@ -36,6 +38,8 @@ __all__ = [
     "Preview",
     "Processor",
     "ProcessorConfig",
+    "Progress",
+    "Pulse",
     "Scorer",
     "ShardLimits",
     "Store",
