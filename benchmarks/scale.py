@@ -46,6 +46,8 @@ def measured(engines: int, shards: int, images: int, step: float, slow: float) -
             contact_sheet=0,
         )
         result = run(config, models=SyntheticModels(step, slow, str(folder)))
+        if result.images != count:
+            raise RuntimeError(f"{result.rejected} of {count} images were rejected")
         [record] = read_runs(Store(config.output))
         facts = record["engines"]
         starts = [{k: v for k, v in e["start"].items() if k not in ("place", "first_image")} for e in facts]

@@ -1,7 +1,7 @@
 """A synthetic device, for measuring scheduling alone: an engine that sleeps where a real one computes.
 
 It batches as the real engine does, up to `batch_size` images at every step, whoever asked for them, and its
-pictures are the same small grey ones. Nothing outside the benchmarks knows it.
+pictures are all the same gradient. Nothing outside the benchmarks knows it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class SyntheticEngine:
             return True
         if ticket.future.set_running_or_notify_cancel():
             size = ticket.request.width or 8, ticket.request.height or 8
-            ticket.future.set_result(Result(Image.new("RGB", size, "grey"), None, ticket.request, {}))
+            image = Image.linear_gradient("L").resize(size).convert("RGB")
+            ticket.future.set_result(Result(image, None, ticket.request, {}))
         return False
 
 
