@@ -129,6 +129,8 @@ def owner(store: Store) -> str | None:
     record = _read(store, last)
     if record.get("released") or _dead_here(record):
         return None
+    if not record:
+        return "another driver"
     return f"process {record.get('pid')} on {record.get('host')} since {record.get('since')}"
 
 
@@ -152,6 +154,8 @@ def _read(store: Store, number: int) -> dict[str, object]:
     name = f"{LOCKS}/{number:05d}.json"
     try:
         return dict(json.loads(store.read(name)))
+    except FileNotFoundError:
+        return {}  # rewritten at this moment, on a storage where that is not atomic: a sign of life
     except ValueError as error:
         raise JobConflict(f"{store.path(name)} is damaged: {error}") from None
 

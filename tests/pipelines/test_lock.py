@@ -84,6 +84,25 @@ def test_a_silent_owner_elsewhere_is_taken_over_and_a_living_one_is_not(
         living.join()
 
 
+def test_a_record_that_is_just_being_rewritten_is_a_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some storages show neither the old nor the new object for a moment."""
+    store = Store(str(tmp_path))
+    store.write("_diffray/locks/00001.json", elsewhere())
+    read, reads = Store.read, []
+
+    def gone_for_a_moment(self: Store, name: str) -> bytes:
+        reads.append(name)
+        if len(reads) == 5:
+            raise FileNotFoundError(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "read", gone_for_a_moment)
+    with pytest.raises(JobConflict, match="on elsewhere since then; it shows signs of life"):
+        Lock.acquire(store)
+
+
 def test_of_many_drivers_at_once_one_wins(tmp_path: Path) -> None:
     won, lost = [], []
 
