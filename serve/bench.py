@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from .app import create_app
-from .config import Limits, ModelEntry, ServeConfig
+from .config import Access, Limits, ModelEntry, ServeConfig
 from .engines import Engines
 from .load import Load, Plan, Target, alone, capacity, measure
 from .rivals import Batches
@@ -122,7 +122,8 @@ async def serving(
 
     It has a thread and an event loop of its own, so that a request is sent when it is due, whatever the service does.
     """
-    config = ServeConfig(models={"model": model}, limits=NO_LIMITS, page=False, log="off")
+    access = Access(anonymous=True)  # whatever keys the environment has
+    config = ServeConfig(models={"model": model}, limits=NO_LIMITS, access=access, page=False, log="off")
     ready: Future[tuple[uvicorn.Server, int]] = Future()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
