@@ -61,7 +61,7 @@ def application(config: ServeConfig) -> serve.Application:
         ray_actor_options={
             "num_cpus": scale.cpus,
             "num_gpus": _gpus(config, scale),
-            "resources": scale.resources or None,
+            "resources": scale.resources,
         },
         max_ongoing_requests=max(
             config.limits.queue_images, 2
@@ -73,6 +73,7 @@ def application(config: ServeConfig) -> serve.Application:
             target_ongoing_requests=scale.target,
             upscale_delay_s=scale.upscale_seconds,
             downscale_delay_s=scale.downscale_seconds,
+            look_back_period_s=max(2.0, min(30.0, scale.upscale_seconds)),
         ),
         **lifetime,
     )(replica)
