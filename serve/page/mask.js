@@ -16,11 +16,14 @@ export class Painter {
     this.past = [];
     this.cursor = null;
     byId("mask-open").onclick = () => this.open();
-    byId("mask-done").onclick = () => this.dialog.close();
+    byId("mask-done").onclick = () => {
+      this.#hand(); // at once: the event of closing comes later, maybe after the next opening
+      this.dialog.close();
+    };
     byId("mask-undo").onclick = () => this.#undo();
     byId("mask-clear").onclick = () => this.#change((brush) => brush.clearRect(0, 0, this.ink.width, this.ink.height));
     byId("mask-invert").onclick = () => this.#change((brush) => this.#invert(brush));
-    this.dialog.addEventListener("close", () => this.#hand());
+    this.dialog.addEventListener("close", () => this.dialog.open || this.#hand());
     this.easel.addEventListener("pointerdown", (event) => this.#begin(event));
     this.easel.addEventListener("pointermove", (event) => this.#move(event));
     for (const end of ["pointerup", "pointercancel"]) this.easel.addEventListener(end, () => (this.stroke = null));
