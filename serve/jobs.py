@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ from .service import Service
 from .work import Event, Finished, Work
 
 log = logging.getLogger("diffray.serve")
+Told = tuple[int, Event]
+Events = AsyncGenerator[Told, None]
 Status = Literal["running", "done", "failed", "cancelled"]
 SWEEP_SECONDS = 60.0
 PATIENCE = 2.0
@@ -81,7 +83,7 @@ class Jobs:
         now = time.time()
         identity = f"{int(now):x}-{secrets.token_hex(12)}"
         job = Job(identity, "running", now, now + self._lifetime, len(works))
-        task = asyncio.create_task(self._run(client, job, works, _all(first, events)))
+        task = asyncio.create_task(self._run(client, job, works, first, events))
         self._live[identity] = (client, job, task)
         task.add_done_callback(lambda _: self._live.pop(identity, None))
         return job
@@ -152,20 +154,30 @@ class Jobs:
         raise Refusal(404, "not_found", "there is no such picture, or not any more")
 
     async def _run(
-        self, client: Client, job: Job, works: Sequence[Work], events: AsyncGenerator[tuple[int, Event], None]
+        self, client: Client, job: Job, works: Sequence[Work], first: asyncio.Future[Told], events: Events
     ) -> None:
         place = _place(client, job.id)
         shares = [0.0] * len(works)
+
+        async def note(told: Told) -> None:
+            index, event = told
+            if isinstance(event, Finished):
+                shares[index] = 1.0
+                job.images.append(await self._keep(place, index, event, works[index].format))
+            else:
+                shares[index] = event.step / max(event.steps, 1)
+            job.progress = round(sum(shares) / len(shares), 4)
+
         try:
-            async with aclosing(events):
+            try:
                 await self._write(place, job)
-                async for index, event in events:
-                    if isinstance(event, Finished):
-                        shares[index] = 1.0
-                        job.images.append(await self._keep(place, index, event, works[index].format))
-                    else:
-                        shares[index] = event.step / max(event.steps, 1)
-                    job.progress = round(sum(shares) / len(shares), 4)
+                await note(await first)
+                async for told in events:
+                    await note(told)
+            finally:
+                first.cancel()
+                await asyncio.wait({first})
+                await events.aclose()
             job.status = "done"
         except asyncio.CancelledError:
             job.status = "cancelled"
@@ -280,20 +292,6 @@ def jobs_of(http: Request) -> Jobs:
 
 def _public(name: str) -> str:
     return f"public/{name.partition('.')[0]}/{name}"
-
-
-async def _all(
-    first: asyncio.Future[tuple[int, Event]], events: AsyncGenerator[tuple[int, Event], None]
-) -> AsyncGenerator[tuple[int, Event], None]:
-    """The events, of which the first is being waited for already."""
-    try:
-        yield await first
-        async for event in events:
-            yield event
-    finally:
-        first.cancel()
-        await asyncio.wait({first})
-        await events.aclose()
 
 
 def _place(client: Client, identity: str) -> str:
