@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffray.model import GenerationError, ImageRequest, InvalidRequest
 from diffray.model import engine as engine_module
-from diffray.serve import residents
+from diffray.serve import metrics, residents
 from diffray.serve.config import Guardrails, Limits, Memory, ModelEntry, ServeConfig
 from diffray.serve.engines import Engines
 from diffray.serve.refusal import Refusal
@@ -217,11 +217,18 @@ def test_the_least_recently_used_model_makes_room() -> None:
 
 
 def test_memory_is_counted_in_bytes() -> None:
+    def shown() -> float:
+        lines = metrics.text()[0].decode().splitlines()
+        line = next(line for line in lines if line.startswith('diffray_model_bytes{model="a"}'))
+        return float(line.rpartition(" ")[2])
+
     async def test() -> None:
         async with engines(models=THREE) as backend:
             await finish(backend, work(model="a", steps=1))
             size = next(iter(backend.residents)).bytes
             assert size > 20e6
+            assert shown() == size
+        assert shown() == 0
         async with engines(models=THREE, memory=Memory(gigabytes=1.5 * size / 1e9)) as backend:
             for name in ("a", "b"):
                 await finish(backend, work(model=name, steps=1))

@@ -47,7 +47,6 @@ def test_figures_move_with_the_work(service_app: Live) -> None:
     assert grown('diffray_requests_total{dialect="native",status="200"}') >= 2
     assert grown('diffray_requests_total{dialect="native",status="422"}') == 1
     assert after["diffray_admitted_images"] == 0
-    assert after['diffray_model_bytes{model="embedded"}'] > 20e6
     ask(url + "/readyz")
     assert values(url)['diffray_running_images{model="embedded"}'] == 0
 
