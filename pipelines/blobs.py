@@ -12,12 +12,14 @@ is that folder unless the job says otherwise. Nothing outside is ever opened, wh
 
 from __future__ import annotations
 
+import bisect
 import io
+import itertools
 import re
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from posixpath import dirname, join, normpath
 from typing import Any, Self, TypeVar
@@ -33,7 +35,11 @@ T = TypeVar("T")
 ATTEMPTS = 4
 """Reads of one object before the storage, not the row, is taken to be broken."""
 OPEN_TABLES = 8
-"""Tables that one reader keeps open, each with the row group it read last."""
+"""Tables that one reader keeps open."""
+CURSORS = 8
+"""Places of one table that are read in turn: shards in flight, times columns."""
+WINDOW = 32
+"""Rows that are read at a time."""
 INPUT = "input:"
 _CELL = re.compile(r"(?P<file>.+)#row=(?P<row>\d{1,15})&column=(?P<column>.+)", re.DOTALL)
 _MEMBER = re.compile(r"(?P<file>.+)#offset=(?P<offset>\d{1,18})&bytes=(?P<bytes>\d{1,18})", re.DOTALL)
@@ -164,7 +170,7 @@ class Blobs:
         if size > self._limit:
             raise BlobError(f"{reference}: got {size} bytes, allowed are {self._limit}")
         data = self._patiently(
-            reference.file, inside, lambda fs, path: fs.cat_file(path, start, start + size)
+            reference.file, inside, lambda fs, path: fs.cat_file(path, start=start, end=start + size)
         )
         if len(data) != size:
             raise _changed(inside, f"{reference}: the file ends after {len(data)} of {size} bytes")
@@ -225,23 +231,22 @@ class Blobs:
 
 
 class _Rows:
-    """Random access to the rows of one table, with the last part that was read kept."""
+    """Random access to the rows of one table that is mostly read in order, by several readers at different places."""
 
     def __init__(self, fs: Any, path: str) -> None:
         self._lock = threading.Lock()
-        self._column: tuple[int, str, pa.ChunkedArray] | None = None
+        self._cursors: list[_Cursor] = []
         self._parquet: pq.ParquetFile | None = None
         if path.endswith(".parquet"):
-            self._parquet = pq.ParquetFile(fs.open(path, "rb"))
+            # Buffered, because a row group may hold all of a large file's pictures.
+            self._parquet = pq.ParquetFile(fs.open(path, "rb"), buffer_size=1 << 20, pre_buffer=False)
             groups = self._parquet.metadata
             sizes = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
         else:
             local = getattr(fs, "local_file", False)
             self._batches = arrow_batches(pa.memory_map(path) if local else io.BytesIO(fs.cat_file(path)))
             sizes = [batch.num_rows for batch in self._batches]
-        self._starts = [0]
-        for size in sizes:
-            self._starts.append(self._starts[-1] + size)
+        self._starts = list(itertools.accumulate(sizes, initial=0))
 
     @property
     def rows(self) -> int:
@@ -250,19 +255,56 @@ class _Rows:
 
     def value(self, reference: Cell) -> Any:
         """The value of a cell as a Python object."""
-        part = next(i for i, start in enumerate(self._starts[1:]) if reference.row < start)
-        with self._lock:
-            if self._column is None or self._column[:2] != (part, reference.column):
-                self._column = (part, reference.column, self._read(part, reference))
-            return self._column[2][reference.row - self._starts[part]].as_py()
-
-    def _read(self, part: int, reference: Cell) -> pa.ChunkedArray:
+        part = bisect.bisect_right(self._starts, reference.row) - 1
+        offset = reference.row - self._starts[part]
         try:
-            if self._parquet is not None:
-                return self._parquet.read_row_group(part, columns=[reference.column]).column(0)
-            return pa.chunked_array([self._batches[part].column(reference.column)])
-        except (KeyError, IndexError, pa.ArrowException) as error:
-            raise BlobError(f"{reference}: {error}") from None
+            if self._parquet is None:
+                return self._batches[part].column(reference.column)[offset].as_py()
+            with self._lock:
+                return self._sought(self._parquet, part, reference.column, offset).as_py()
+        except (KeyError, IndexError, StopIteration, pa.ArrowException) as error:
+            raise BlobError(f"{reference}: {error or 'no such column'}") from None
+
+    def _sought(self, table: pq.ParquetFile, part: int, column: str, offset: int) -> Any:
+        """The value at a place of a row group, by the cursor that has it or is the last before it."""
+        here = [cursor for cursor in self._cursors if cursor.place == (part, column)]
+        for cursor in here:
+            if (found := cursor.found(offset)) is not None:
+                return found
+        before = [cursor for cursor in here if cursor.next <= offset]
+        if not before:
+            batches = table.iter_batches(batch_size=WINDOW, row_groups=[part], columns=[column])
+            cursor = _Cursor((part, column), batches)
+        else:
+            cursor = max(before, key=lambda own: own.next)
+            self._cursors.remove(cursor)
+        self._cursors = [*self._cursors[-CURSORS + 1 :], cursor]
+        while cursor.next <= offset:
+            cursor.advance()
+        return cursor.found(offset)
+
+
+class _Cursor:
+    """A reader of one column that goes forward through a row group, and remembers the last two windows."""
+
+    def __init__(self, place: tuple[int, str], batches: Iterator[pa.RecordBatch]) -> None:
+        self.place = place
+        self.next = 0
+        self._batches = batches
+        self._windows: deque[tuple[int, pa.Array]] = deque(maxlen=2)
+
+    def advance(self) -> None:
+        """Read the next window."""
+        values = next(self._batches).column(0)
+        self._windows.append((self.next, values))
+        self.next += len(values)
+
+    def found(self, offset: int) -> Any:
+        """The value at `offset`, if it is in a remembered window."""
+        for start, values in self._windows:
+            if start <= offset < start + len(values):
+                return values[offset - start]
+        return None
 
 
 def _changed(inside: bool, what: str) -> Exception:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from diffray.model.errors import InvalidRequest, JobError
+from diffray.pipelines import blobs as blobs_module
 from diffray.pipelines.blobs import BlobError, Blobs, below
 from diffray.pipelines.config import Pictures
 from diffray.pipelines.pictures import fitted, picture
@@ -267,6 +268,24 @@ def test_pictures_are_read_from_any_storage(place: Place) -> None:
     result = place.job("memory://photos/in/t.csv", task="augment")
     assert (result.images, result.rejected) == (2, 1)
     assert [row["init_image"] for row in place.rows()] == ["a/1.png"] * 2
+
+
+def test_cells_are_found_in_any_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row group with all of the file in it, as pandas writes it, read at several places and columns in turn."""
+    count = 600
+    table = pa.table({"a": [b"a%d" % i for i in range(count)], "b": [b"b%d" % i for i in range(count)]})
+    pq.write_table(table, place.path / "t.parquet", row_group_size=count)
+    windows = []
+    advance = blobs_module._Cursor.advance
+    monkeypatch.setattr(blobs_module._Cursor, "advance", lambda self: (windows.append(1), advance(self)))
+    blobs = Blobs(str(place.path), None, lambda url: {}, 10**9)
+    for row in (start + step for step in range(150) for start in (0, 450, 150, 300)):
+        assert blobs.read(f"t.parquet#row={row}&column=a") == b"a%d" % row
+        assert blobs.read(f"t.parquet#row={row}&column=b") == b"b%d" % row
+    once = -(-count // blobs_module.WINDOW) * 2
+    assert len(windows) < 4 * once, "four readers in turn must not make each other start again"
+    for row in (3, 2, 599, 64, 63, 31, 32, 0):
+        assert blobs.read(f"t.parquet#row={row}&column=a") == b"a%d" % row
 
 
 def test_below_accepts_what_lies_below() -> None:

@@ -19,6 +19,7 @@ from diffray.pipelines import InvalidJob
 from diffray.pipelines.source import Source, input_root
 
 from .conftest import Place
+from .s3 import S3
 
 
 def image(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -245,3 +246,26 @@ def test_the_fingerprint_sees_every_change(place: Place, monkeypatch: pytest.Mon
     seen.append(prints())
     assert seen[0][0] != seen[1][0] == seen[2][0]
     assert seen[0][1] == seen[1][1] != seen[2][1]
+
+
+@pytest.mark.slow
+def test_every_kind_of_input_is_read_from_object_storage(
+    place: Place, s3: S3, dataset: datasets.Dataset
+) -> None:
+    folder, files = place.path / "in", s3.filesystem()
+    (folder / "pics/cats").mkdir(parents=True)
+    (folder / "pics/cats/1.png").write_bytes(png("red"))
+    (folder / "t.csv").write_text("image,prompt\npics/cats/1.png,one\npics/none.png,two\n")
+    pq.write_table(pa.table({"image": [png("red")], "prompt": ["one"]}), folder / "p.parquet")
+    tar(folder / "w.tar", {"a.png": png("red"), "a.txt": "one"})
+    dataset.select([0]).flatten_indices().save_to_disk(folder / "ds")
+    url = s3.folder()
+    files.put(str(folder), url.removeprefix("s3://"), recursive=True)
+    expected = {"t.csv": (1, 1), "p.parquet": (1, 0), "w.tar": (1, 0), "ds": (1, 0), "pics": (1, 0)}
+    for name in (*expected, "pics/*/*.png"):
+        options = {"templates": {"prompt": "one"}} if name not in ("t.csv", "w.tar") else {}
+        result = place.job(
+            f"{url}/{name}", name.strip("/*.png"), task="augment", storage={"s3": s3.options()}, **options
+        )
+        assert (result.images, result.rejected) == expected.get(name, (1, 0)), name
+        assert colours(place, name.strip("/*.png")) == {"one": "r"}, name
