@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
+from diffray.model.errors import StorageError
+
 from .pools import EngineFacts, Pulse
 from .store import Store
 
@@ -81,7 +83,7 @@ class RunRecord:
     def _write(self) -> None:
         """The record may lack behind, but never stands in the way of the job."""
         self._written = time.monotonic()
-        with suppress(Exception):
+        with suppress(StorageError):
             self._store.write(self._name, (json.dumps(self._record(), indent=1) + "\n").encode())
 
     def _record(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class CrashingStore(Store):
     ) -> None:
         super().__init__(url, options)
         self.at, self.after, self.error, self.calls = at, after, error, 0
+        self.hit: object = None
         self._counting = threading.RLock()
         self._depth = threading.local()
 
@@ -55,6 +56,8 @@ def _crashing(name: str) -> None:
         if getattr(self._depth, "inside", False):  # a verb that uses another one is one call
             return original(self, *arguments)
         now = self.begin()
+        if now:
+            self.hit = arguments[0] if arguments else ""
         if now and not self.after:
             self.happen()
         self._depth.inside = True
