@@ -11,7 +11,8 @@ import yaml
 
 from diffray.pipelines import InvalidJob, JobConfig, job_schema
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "serve.yaml")  # no job
 
 
 @pytest.fixture(scope="module")
