@@ -44,7 +44,9 @@ for (const image of images) for (const [name, value] of Object.entries(image.fac
   if (!columns.has(name)) columns.set(name, new Set());
   columns.get(name).add(typeof value === "object" ? JSON.stringify(value) : value);
 }
-const numeric = (name) => [...columns.get(name)].every((value) => typeof value === "number");
+// Tables of text hold numbers as text; those that a number cannot hold exactly (large seeds) stay text.
+const exact = (value) => typeof value === "number" || (typeof value === "string" && String(Number(value)) === value);
+const numeric = (name) => [...columns.get(name)].every(exact);
 for (const image of images)
   image.text = [image.id, ...Object.values(image.facts).map(show)].join("\n").toLowerCase();
 make("option", "Any column", $("column")).value = "";

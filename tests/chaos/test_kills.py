@@ -25,7 +25,7 @@ from tests.pipelines.conftest import Place
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "victims"),
-    [(1, ("engine", "engine")), (2, ("driver", "engine")), (3, ("raylet",)), (4, ("terminate", "interrupt"))],
+    [(2, ("driver", "engine")), (3, ("raylet",))],  # `soak.py` plays as many as one likes, with signals too
 )
 def test_a_round_of_killings(place: Place, seed: int, victims: tuple[str, ...]) -> None:
     played = play(place, seed, len(victims), victims, images=24)

@@ -306,5 +306,6 @@ def test_both_layouts_are_the_same_model(kind: str) -> None:
     """The same bytes from a folder and from one file."""
     places = (oracle.folder(kind, full=True), oracle.single_file(kind))
     folder, single = (load_model(str(place), device="cpu", dtype="float32") for place in places)
-    ask: dict[str, Any] = {"steps": 2, "sampler": "euler", "schedule": "leading"} | oracle.inputs(kind)
+    # Of fewer than four steps the refiner's strength of 0.3 leaves none.
+    ask: dict[str, Any] = {"steps": 4, "sampler": "euler", "schedule": "leading"} | oracle.inputs(kind)
     assert torch.equal(oracle.latents(single, **ask), oracle.latents(folder, **ask))

@@ -105,14 +105,14 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     import ray
     import ray.cloudpickle
 
     mode = os.environ.get("RAY_AUTH_MODE")  # Ray sets it and leaves it behind
     ray.cloudpickle.register_pickle_by_value(fake)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
     if mode is None:

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
+from tests.serve.browser import Browser, browser
 
 from ..conftest import Place
 
@@ -137,26 +138,20 @@ def test_a_job_that_grew_shows_the_same_as_one_from_the_start(place: Place) -> N
 # In a browser ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    api = pytest.importorskip("playwright.sync_api")
-    if path is None:
-        pytest.skip("no Chromium is installed")
-    flags = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=flags.split())
-        yield running
-        running.close()
+@pytest.fixture
+def running(page: Path) -> Iterator[Browser]:
+    """A browser, started after the job: its event loop and a job's do not go together."""
+    with browser() as started:
+        yield started
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_and_nothing_leaves_the_file(
-    page: Path, browser: Any, scheme: str, width: int
+    page: Path, running: Browser, scheme: str, width: int
 ) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context = running.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     context.set_default_timeout(60_000)
     tab, said, asked = context.new_page(), [], []
     tab.on("console", lambda message: said.append(message.text))
