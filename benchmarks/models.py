@@ -27,9 +27,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffray.model import Model, load_model
-from diffray.model.keys import packing
-from diffray.model.source import resolve
-from diffray.model.tokenizer import ClipTokenizer
+from diffray.model.networks.tokenizer import ClipTokenizer
+from diffray.model.weights.keys import packing
+from diffray.model.weights.source import resolve
 
 WEIGHTS = Path(tempfile.gettempdir()) / "diffray-benchmarks"
 DEVIATION = 0.02

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import torch
 
 from diffray.pipelines import JobConfig, Store, run
-from diffray.pipelines.commit import Commit, commit_path
-from diffray.pipelines.plan import read_plan
+from diffray.pipelines.outputs.commit import Commit, commit_path
+from diffray.pipelines.planning.plan import read_plan
 
 from . import machine
 from .pairing import RESULTS

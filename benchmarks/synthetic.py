@@ -17,7 +17,7 @@ from PIL import Image
 from diffray.model.request import ImageRequest
 from diffray.model.tickets import Result
 from diffray.pipelines.config import ModelOptions
-from diffray.pipelines.models import Models, OpenModel
+from diffray.pipelines.making.models import Models, OpenModel
 
 
 class SyntheticTicket:

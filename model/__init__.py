@@ -6,7 +6,6 @@ Engine(model).generate([ImageRequest(prompt="a red fox", seed=7)])[0].save("fox.
 """
 
 from .config import ModelConfig
-from .convert import convert
 from .engine import Engine
 from .errors import (
     AccountingError,
@@ -19,10 +18,11 @@ from .errors import (
     JobError,
     UnsafeCheckpoint,
 )
-from .inspection import Inspection, inspect_source
-from .load import Model, load_model, model_config
 from .request import ImageRequest
 from .tickets import Result, Ticket
+from .weights.convert import convert
+from .weights.inspection import Inspection, inspect_source
+from .weights.load import Model, load_model, model_config
 
 __all__ = [
     "AccountingError",

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .layers import sinusoid
+from .networks.layers import sinusoid
+from .networks.text import Encoded
 from .request import ImageRequest
-from .text import Encoded
 
 if TYPE_CHECKING:
-    from .load import Model
+    from .weights.load import Model
 
 
 @dataclass(frozen=True, slots=True, eq=False)

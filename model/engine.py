@@ -36,7 +36,7 @@ from .slots import Bucket, Slot, advance
 from .tickets import Result, Ticket
 
 if TYPE_CHECKING:
-    from .load import Model
+    from .weights.load import Model
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 
 from .errors import InvalidRequest
 from .request import ImageRequest
-from .sampler_names import resolve_sampler, resolve_schedule
+from .sampling.sampler_names import resolve_sampler, resolve_schedule
 
 SAMPLER_LABELS = {
     "euler": "Euler",

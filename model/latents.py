@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .errors import InvalidRequest
 from .images import rgb, to_image, to_tensor
+from .networks.vae import Autoencoder
 from .request import MAX_SIDE, upright_size
-from .vae import Autoencoder
 
 if TYPE_CHECKING:
-    from .load import Model
+    from .weights.load import Model
 
 WHOLE = 1536 * 1536
 """Pixels up to which the autoencoder sees a picture whole, so every size that SDXL was trained on."""

@@ -22,11 +22,11 @@ from .errors import InvalidRequest
 from .images import gray_tensor, mask_tensor, rgb, to_image, to_tensor
 from .latents import Draw, checked_latents, decode, encode
 from .request import MAX_SIDE, ImageRequest
-from .samplers import SamplerTable, build_table
-from .schedule import NoiseSchedule
+from .sampling.samplers import SamplerTable, build_table
+from .sampling.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from .load import Model
+    from .weights.load import Model
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ from .images import to_image
 from .latents import decode
 
 if TYPE_CHECKING:
-    from .load import Model
+    from .weights.load import Model
 
 _maps: WeakKeyDictionary[torch.nn.Module, Tensor] = WeakKeyDictionary()
 

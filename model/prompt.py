@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from .errors import InvalidRequest
-from .tokenizer import ClipTokenizer
+from .networks.tokenizer import ClipTokenizer
 
 BREAK = "BREAK"
 ROUND = 1.1

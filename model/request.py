@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from .errors import InvalidRequest
-from .samplers import SAMPLERS, resolve
+from .sampling.samplers import SAMPLERS, resolve
 
 if TYPE_CHECKING:
     from .config import Defaults, ModelConfig

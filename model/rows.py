@@ -12,7 +12,7 @@ from torch import Tensor
 from .conditioning import Branch
 
 if TYPE_CHECKING:
-    from .load import Model
+    from .weights.load import Model
 
 PROOFS = 3
 """Calls that must agree bit for bit before a shorter call is trusted."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .conditioning import Branch
 from .preparation import Blend, Prepared
-from .samplers import COLUMNS
+from .sampling.samplers import COLUMNS
 
 if TYPE_CHECKING:
     from .tickets import Ticket

@@ -7,21 +7,21 @@
 Read `job.py` first.
 """
 
-from . import arrival  # noqa: F401  first of all, it takes the time
 from .checks import Checks, Scorer
 from .config import Between, Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
+from .inputs.values import request_from
 from .job import JobResult, run
-from .models import Models, OpenModel
-from .pools import Pulse
-from .preview import Preview, preview
+from .making import arrival  # noqa: F401  first of all, it takes the time
+from .making.models import Models, OpenModel
+from .making.pools import Pulse
+from .outputs.store import Store
+from .planning.preview import Preview, preview
 from .processor import Processor, ProcessorConfig, build_processor
 from .progress import Progress, for_this_terminal
 from .schema import job_schema
-from .status import JobStatus, job_status
-from .store import Store
-from .upkeep import collect, repair, retry_rejected
-from .values import request_from
-from .verification import Fault, Verification, verify
+from .upkeep.care import collect, repair, retry_rejected
+from .upkeep.status import JobStatus, job_status
+from .upkeep.verification import Fault, Verification, verify
 
 __all__ = [
     "Between",

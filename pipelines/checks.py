@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from diffray.model.checks import PromptFilter
+from diffray.model.judges.checks import PromptFilter
 from diffray.model.request import ImageRequest
 
 from .strict import Strict

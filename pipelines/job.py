@@ -16,21 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from posixpath import commonpath
 
-from .actors import generate_on_ray
-from .commit import committed, read_commits, totals
 from .config import InvalidJob, JobConfig
-from .fingerprint import check, fingerprint, record, refuse_foreign
-from .growth import grow
-from .lock import Lock
-from .models import Models
-from .plan import Plan, read_plan, write_plan
-from .pools import Pulse
+from .inputs.source import Source
+from .making.actors import generate_on_ray
+from .making.models import Models
+from .making.pools import Pulse
+from .making.worker import Share
+from .outputs.commit import committed, read_commits, totals
+from .outputs.fingerprint import check, fingerprint, record, refuse_foreign
+from .outputs.lock import Lock
+from .outputs.store import Store
+from .planning.growth import grow
+from .planning.plan import Plan, read_plan, write_plan
 from .progress import Progress, Silent
 from .report import SUCCESS, finish, is_finished
 from .runs import RunRecord
-from .source import Source
-from .store import Store
-from .worker import Share
 
 Generate = Callable[[JobConfig, int, Store, Models, Sequence[Share]], Iterator[tuple[int, int] | Pulse]]
 """Makes the shards of each model and yields (images, rejected) of each one, as `generate_on_ray` does."""

@@ -22,15 +22,15 @@ from diffray.model.errors import DiffrayError, InvalidRequest
 from diffray.model.request import ImageRequest
 
 from .checks import Checks
-from .columns import content_hash
 from .config import Encoding, ModelOptions, Pictures, Strict
-from .models import Models
-from .pictures import fitted, picture
-from .readers import SourceRow
-from .rows import derived_seed
-from .scores import Examiner
-from .tasks import KINDS, PICTURE_FIELDS
-from .values import REQUEST_COLUMNS, request_from
+from .inputs.columns import content_hash
+from .inputs.pictures import fitted, picture
+from .inputs.readers import SourceRow
+from .inputs.values import REQUEST_COLUMNS, request_from
+from .making.models import Models
+from .making.scores import Examiner
+from .planning.rows import derived_seed
+from .planning.tasks import KINDS, PICTURE_FIELDS
 
 if TYPE_CHECKING:
     from ray.data import Dataset

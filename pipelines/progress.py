@@ -14,8 +14,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from .pools import Pulse
-from .tally import STAGES
+from .making.pools import Pulse
+from .making.tally import STAGES
 
 LINE_EVERY = 10.0
 """Seconds between two plain lines."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from diffray.model.errors import StorageError
 
-from .pools import EngineFacts, Pulse
-from .store import Store
+from .making.pools import EngineFacts, Pulse
+from .outputs.store import Store
 
 RUNS = "_diffray/runs"
 WRITE_EVERY = 60.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .config import JobConfig
-from .tasks import KINDS, PICTURE_FIELDS
-from .values import REQUEST_COLUMNS
+from .inputs.values import REQUEST_COLUMNS
+from .planning.tasks import KINDS, PICTURE_FIELDS
 
 
 def job_schema() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from diffray.model import ImageRequest
-from diffray.model.checks import PromptFilter
+from diffray.model.judges.checks import PromptFilter
 
 from .config import Guardrails, InvalidConfig
 from .refusal import Refusal

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffray.model.config import VAEConfig
-from diffray.model.vae import Autoencoder
+from diffray.model.networks.vae import Autoencoder
 
 from .muon import Muon, orthogonal
 from .scenes import draw, random_scene

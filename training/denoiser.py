@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from diffray.model.config import UNetConfig
-from diffray.model.unet import UNet
-from diffray.model.vae import Autoencoder
+from diffray.model.networks.unet import UNet
+from diffray.model.networks.vae import Autoencoder
 
 from . import captions
 from .autoencoder import CONFIG as VAE_CONFIG

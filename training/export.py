@@ -21,8 +21,8 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from diffray.model.keys import packing
-from diffray.model.tokenizer import ClipTokenizer
+from diffray.model.networks.tokenizer import ClipTokenizer
+from diffray.model.weights.keys import packing
 
 from .autoencoder import CONFIG as VAE
 from .captions import POSITIONS

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 
-from ..commit import archive_retried, proven_totals, read_commits
 from ..config import JobConfig
-from ..index import Survey, survey
-from ..models import shown_name
-from ..plan import Plan
-from ..sample import Sample
-from ..store import SCRATCH, Store
+from ..making.models import shown_name
+from ..outputs.commit import archive_retried, proven_totals, read_commits
+from ..outputs.index import Survey, survey
+from ..outputs.sample import Sample
+from ..outputs.store import SCRATCH, Store
+from ..planning.plan import Plan
 from . import account, card, duplicates, gallery, sheet
 from .account import TIMED_FILES as TIMED_FILES
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..commit import Commit, current_path
 from ..config import JobConfig
-from ..index import Survey
-from ..plan import Plan
-from ..store import Store
+from ..outputs.commit import Commit, current_path
+from ..outputs.index import Survey
+from ..outputs.store import Store
+from ..planning.plan import Plan
 from .charts import bars, number
 
 REPORT, THROUGHPUT = "report.json", "throughput.svg"

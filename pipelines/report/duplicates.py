@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..index import Survey, ids
-from ..store import Store
+from ..outputs.index import Survey, ids
+from ..outputs.store import Store
 
 BITS = 64
 NAME = "duplicates.parquet"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..index import Survey
+from ..outputs.index import Survey
 from .account import Refusals
 from .charts import histogram
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..index import Shown
+from ..outputs.index import Shown
 
 NAME = "contact_sheet.png"
 CELL, MARGIN, CAPTION_LINES, LINE = 192, 8, 3, 14

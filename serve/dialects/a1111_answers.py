@@ -18,7 +18,7 @@ from starlette.requests import Request
 from diffray.model import ImageRequest
 from diffray.model.encoding import encode_image
 from diffray.model.infotext import SAMPLER_LABELS, infotext
-from diffray.model.sampler_names import resolve_sampler
+from diffray.model.sampling.sampler_names import resolve_sampler
 
 from ..refusal import Refusal
 from ..service import Client, RunningView, Service

@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from diffray.model.encoding import MEDIA_TYPES
-from diffray.model.sampler_names import SAMPLER_NAMES
-from diffray.model.schedule import SCHEDULES
+from diffray.model.sampling.sampler_names import SAMPLER_NAMES
+from diffray.model.sampling.schedule import SCHEDULES
 
 from .. import failures
 from ..jobs import Job, jobs_of

@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffray.model import GenerationError, InvalidRequest
 from diffray.model.images import rgb
-from diffray.model.sampler_names import resolve_sampler, resolve_schedule
+from diffray.model.sampling.sampler_names import resolve_sampler, resolve_schedule
 
 from ..work import Event, ModelCard, Progress
 

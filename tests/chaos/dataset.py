@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import encode_image
 from diffray.pipelines import Store, verify
-from diffray.pipelines.commit import committed
-from diffray.pipelines.rows import REQUEST_COLUMNS
+from diffray.pipelines.outputs.commit import committed
+from diffray.pipelines.planning.rows import REQUEST_COLUMNS
 from tests.chaos.rounds import processes
 from tests.pipelines.s3 import S3, serve
 from training.scenes import random_scene

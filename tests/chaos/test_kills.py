@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from diffray.pipelines import Store, verify
-from diffray.pipelines.actors import generate_on_ray
+from diffray.pipelines.making.actors import generate_on_ray
 from tests.chaos.rounds import DRIVER, committed_seeds, play, table
 from tests.pipelines import fake
 from tests.pipelines.conftest import Place

@@ -99,7 +99,7 @@ class Life:
 
 def checksums(store: Store) -> dict[str, str]:
     """Image id to the SHA-256 of its file, of the whole dataset."""
-    from diffray.pipelines.commit import committed, read_commit
+    from diffray.pipelines.outputs.commit import committed, read_commit
 
     shards = [read_commit(store, number) for number in sorted(committed(store))]
     return {image: digest for shard in shards for image, digest in shard.image_sha256.items()}

@@ -38,7 +38,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Jobs of the command run on the fake engine, in this process."""
     import asyncio
 
-    from diffray.pipelines.worker import Task, Worker
+    from diffray.pipelines.making.worker import Task, Worker
 
     def in_process(config: JobConfig, number: int, store: Any, models: Any, shares: Any) -> Any:
         for share in shares:

@@ -12,7 +12,7 @@ import pytest
 
 from diffray.cli.storage import storage_from
 from diffray.pipelines import job as job_module
-from diffray.pipelines import upkeep as upkeep_module
+from diffray.pipelines.upkeep import care as upkeep_module
 from tests.cli.test_cli import diffray
 from tests.cli.test_cli import fake as fake
 from tests.cli.test_cli import table as table

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffray.model import Engine, ImageRequest, Model, Result, load_model
-from diffray.model.convert import convert
-from diffray.model.tokenizer import ClipTokenizer
+from diffray.model.networks.tokenizer import ClipTokenizer
+from diffray.model.weights.convert import convert
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffray.model import Engine, ImageRequest, Model, convert, load_model
-from diffray.model.source import EMBEDDED, resolve
+from diffray.model.weights.source import EMBEDDED, resolve
 from training.evaluate import held_out
 from training.judge import judge, look
 from training.scenes import Scene, Thing, draw

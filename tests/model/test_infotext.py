@@ -8,8 +8,8 @@ import pytest
 
 from diffray.model import ImageRequest
 from diffray.model.infotext import SAMPLER_LABELS, SCHEDULE_LABELS, infotext, parse_infotext
-from diffray.model.sampler_names import SAMPLER_NAMES, resolve_sampler, resolve_schedule
-from diffray.model.schedule import SCHEDULES
+from diffray.model.sampling.sampler_names import SAMPLER_NAMES, resolve_sampler, resolve_schedule
+from diffray.model.sampling.schedule import SCHEDULES
 
 BASE: dict[str, Any] = {
     "prompt": "a fox",

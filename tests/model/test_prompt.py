@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffray.model.errors import InvalidRequest
+from diffray.model.networks.tokenizer import ClipTokenizer
 from diffray.model.prompt import MAX_CHUNKS, MAX_WEIGHT, Chunk, Piece, chunk, empty_chunk, parse
-from diffray.model.tokenizer import ClipTokenizer
 
 OPENAI = ClipTokenizer.openai()
 BOS, EOS, COMMA = OPENAI.bos_id, OPENAI.eos_id, 267

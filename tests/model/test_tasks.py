@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffray.model import Engine, GenerationError, ImageRequest, Model, load_model
 from diffray.model.latents import decode, encode
-from diffray.model.tiling import tiled
+from diffray.model.networks.tiling import tiled
 from tests.model import oracle
 from tests.model.oracle import NEGATIVE, PROMPT, SIDE, TOLERANCE, mask_image, source_image
 

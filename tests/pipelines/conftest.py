@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from diffray.pipelines import JobConfig, JobResult, Store, run
-from diffray.pipelines.models import Models
+from diffray.pipelines.making.models import Models
+from diffray.pipelines.making.worker import Share, Task, Worker, WorkerBroken
 from diffray.pipelines.report import TIMED_FILES
-from diffray.pipelines.worker import Share, Task, Worker, WorkerBroken
 
 from . import fake
 from .s3 import S3, serve

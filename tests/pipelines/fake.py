@@ -22,7 +22,7 @@ from diffray.model.config import Defaults, ModelConfig, NoiseConfig, UNetConfig,
 from diffray.model.errors import GenerationError
 from diffray.model.request import ImageRequest
 from diffray.pipelines.config import ModelOptions
-from diffray.pipelines.models import Models, OpenModel
+from diffray.pipelines.making.models import Models, OpenModel
 
 CONFIG = ModelConfig(
     family="sd1",

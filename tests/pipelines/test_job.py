@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import AccountingError, JobConflict, JobError
-from diffray.pipelines import JobConfig, Store, fingerprint, repair
-from diffray.pipelines.commit import Output, Rejected, write_commit
-from diffray.pipelines.models import Models
-from diffray.pipelines.plan import read_shard
-from diffray.pipelines.worker import Share
+from diffray.pipelines import JobConfig, Store, repair
+from diffray.pipelines.making.models import Models
+from diffray.pipelines.making.worker import Share
+from diffray.pipelines.outputs import fingerprint
+from diffray.pipelines.outputs.commit import Output, Rejected, write_commit
+from diffray.pipelines.planning.plan import read_shard
 
 from .conftest import Place, in_process, restarting
 from .crashes import Crash
@@ -158,7 +159,7 @@ def test_two_killers_in_one_shard_are_both_found(place: Place) -> None:
 def test_a_shard_that_breaks_workers_without_a_guilty_row_stops_the_job(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffray.pipelines import worker
+    from diffray.pipelines.making import worker
 
     def broken(*_: object) -> None:
         raise worker.WorkerBroken("disk controller on fire")

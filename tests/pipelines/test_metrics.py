@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 
 from diffray.pipelines import metrics
-from diffray.pipelines.actors import generate_on_ray
+from diffray.pipelines.making.actors import generate_on_ray
 
 from .conftest import Place
 

@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from diffray.model.errors import JobConflict, StorageError
-from diffray.model.source import embedded, resolve
-from diffray.pipelines import InvalidJob, JobConfig, Store, job_status, lock, verify
+from diffray.model.weights.source import embedded, resolve
+from diffray.pipelines import InvalidJob, JobConfig, Store, job_status, verify
+from diffray.pipelines.outputs import lock
 
 from .conftest import Place, in_process
 from .s3 import S3, Fault, broken

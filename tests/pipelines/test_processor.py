@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from diffray.model.checks import measure
 from diffray.model.errors import GenerationError
+from diffray.model.judges.checks import measure
 from diffray.pipelines import Checks, ProcessorConfig, build_processor
 from diffray.pipelines.processor import ERROR, Generator
 

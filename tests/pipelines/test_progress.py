@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from diffray.pipelines import progress
-from diffray.pipelines.pools import EngineFacts, Pulse
+from diffray.pipelines.making.pools import EngineFacts, Pulse
+from diffray.pipelines.making.tally import Reading, Tally
 from diffray.pipelines.progress import Lines, Standing, Terminal
-from diffray.pipelines.tally import Reading, Tally
 
 READING = Reading(
     images=14,
@@ -30,7 +30,7 @@ ENGINE = EngineFacts("a", "m", "running", 30.0, reading=READING)
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr("diffray.pipelines.tally.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("diffray.pipelines.making.tally.time.monotonic", lambda: now[0])
     return now
 
 

@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from diffray.model.errors import CheckpointError
-from diffray.pipelines.actors import generate_on_ray
 from diffray.pipelines.config import ModelOptions
-from diffray.pipelines.models import OpenModel
-from diffray.pipelines.plan import read_shard
-from diffray.pipelines.store import Store
+from diffray.pipelines.making.actors import generate_on_ray
+from diffray.pipelines.making.models import OpenModel
+from diffray.pipelines.outputs.store import Store
+from diffray.pipelines.planning.plan import read_shard
 
 from .conftest import Place
 from .fake import FakeModels

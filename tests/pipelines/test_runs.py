@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from diffray.pipelines.pools import EngineFacts, Pulse
+from diffray.pipelines.making.pools import EngineFacts, Pulse
+from diffray.pipelines.making.tally import Reading
+from diffray.pipelines.outputs.store import Store
 from diffray.pipelines.runs import read_runs
-from diffray.pipelines.store import Store
-from diffray.pipelines.tally import Reading
 
 from .conftest import Place, in_process
 

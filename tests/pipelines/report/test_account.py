@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from diffray.pipelines import JobConfig
-from diffray.pipelines.commit import Commit, Origin
-from diffray.pipelines.index import Survey
+from diffray.pipelines.outputs.commit import Commit, Origin
+from diffray.pipelines.outputs.index import Survey
 from diffray.pipelines.report.account import Times, account, throughput
 
 from ..conftest import Place

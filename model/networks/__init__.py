@@ -1,0 +1,1 @@
+"""The networks: UNet, autoencoders, text encoders and their tokenizer."""

@@ -1,0 +1,1 @@
+"""Tables, tars, folders and pictures, read row by row."""

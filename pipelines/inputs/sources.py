@@ -1,0 +1,131 @@
+"""What a worker reads before it can make an image: source pictures, latents, and large values that it passes on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from diffray.model.config import ModelConfig
+from diffray.model.errors import InvalidRequest
+from diffray.model.request import ImageRequest
+
+from ..config import JobConfig
+from ..outputs.schemas import SOURCE_COLUMN
+from ..planning.rows import PlannedImage
+from ..planning.tasks import KINDS
+from .blobs import BlobError, Blobs, Reference, StructReference
+from .pictures import fitted, picture
+from .source import input_root
+
+DTYPES = ("float16", "float32", "bfloat16")
+_NPY = b"\x93NUMPY"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An image that can be made."""
+
+    image: PlannedImage
+    """As planned, the values that were left in the input filled in."""
+    request: ImageRequest
+    """With its source pictures."""
+    latents: npt.NDArray[np.float32] | None = None
+    """What `decode` starts from, [C, h, w]."""
+
+
+class Sources:
+    """Reads for one worker. Thread safe.
+
+    Args:
+        config: the job, with absolute paths.
+        model: the worker's model.
+    """
+
+    def __init__(self, config: JobConfig, model: ModelConfig) -> None:
+        self._config, self._model = config, model
+        self._kind = KINDS[config.task]
+        sources = self._kind.sources([*config.columns, *config.templates])
+        self._columns = {name: SOURCE_COLUMN.get(name, name) for name in sources}
+        self._blobs: Blobs | None = None
+
+    def needed(self, image: PlannedImage) -> bool:
+        """Whether anything is to be read for an image."""
+        values = image.user
+        return any(values.get(column) is not None for column in self._columns.values()) or any(
+            isinstance(value, Reference) for value in values.values()
+        )
+
+    def ready(self, image: PlannedImage) -> Ready:
+        """Read and prepare everything for one image.
+
+        Raises:
+            InvalidRequest: a source that is missing, broken, too large, or that does not fit the request.
+            JobError: the storage does not answer.
+        """
+        carried = {n: self._carried(n, v) for n, v in image.user.items() if isinstance(v, Reference)}
+        found = replace(image, user={**image.user, **carried})
+        request = image.request
+        assert request is not None, "the plan's own rejections never come here"
+        data = {
+            name: read
+            for name, column in self._columns.items()
+            if (text := image.user.get(column)) is not None
+            and (read := self._bytes(name, str(text))) is not None
+        }
+        if self._kind.task == "decode":
+            if "latents" not in data:
+                raise InvalidRequest("latents", "got nothing, this task needs them")
+            latents = _latents(data["latents"], image.user)
+            height, width = (side * self._model.vae.factor for side in latents.shape[1:])
+            return Ready(found, replace(request, width=width, height=height), latents)
+        rules = self._config.pictures
+        pictures = {name: picture(blob, name, rules) for name, blob in data.items()}
+        pictures = fitted(pictures, rules, request.width, request.height)
+        if "init_image" not in pictures and request.strength is not None:
+            request = replace(request, strength=None)  # the cell that could have held a picture is empty
+        return Ready(found, self._kind.request(request, image.user, pictures, self._model))
+
+    def _bytes(self, field: str, text: str) -> bytes | None:
+        if self._blobs is None:
+            config = self._config
+            root = input_root(config.inputs, config.storage_options)
+            rules = config.pictures
+            self._blobs = Blobs(root, rules.root, config.storage_options, rules.max_bytes)
+        try:
+            return self._blobs.read(text)
+        except BlobError as error:
+            raise InvalidRequest(field, str(error)) from None
+
+    def _carried(self, column: str, reference: Reference) -> Any:
+        data = self._bytes(column, reference)
+        return {"bytes": data, "path": None} if data and isinstance(reference, StructReference) else data
+
+
+def _latents(data: bytes, own: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """[C, h, w] of raw bytes with `latents_shape` and `latents_dtype` beside them, or of a .npy file."""
+    try:
+        if data.startswith(_NPY):
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        else:
+            array = _raw(data, own.get("latents_dtype") or "float32", own.get("latents_shape"))
+        if array.ndim != 3 or array.dtype.kind != "f":
+            raise ValueError(f"got {array.dtype} of shape {list(array.shape)}, allowed are floats [C, h, w]")
+        return array.astype(np.float32)
+    except (ValueError, OSError, EOFError) as error:
+        raise InvalidRequest("latents", str(error)) from None
+
+
+def _raw(data: bytes, dtype: str, shape: Any) -> npt.NDArray[Any]:
+    if dtype not in DTYPES:
+        raise ValueError(f"latents_dtype {dtype!r}, allowed are {', '.join(DTYPES)}")
+    if not shape:
+        raise ValueError("raw bytes need the columns latents_shape and latents_dtype")
+    if dtype == "bfloat16":  # the upper half of a float32
+        high = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return high.view(np.float32).reshape(shape)
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape)

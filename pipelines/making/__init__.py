@@ -1,0 +1,1 @@
+"""Engines in actor pools, and the shards that they make."""

@@ -1,0 +1,419 @@
+"""One worker: an engine, and the shards that share it. No Ray in here.
+
+Several shards are in flight at once, so that the engine always has images to batch. Encoding and storage
+run in threads; the denoising loop never waits for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from diffray.model.encoding import encode_image
+from diffray.model.errors import GenerationError, InvalidRequest, JobConflict
+from diffray.model.tickets import Result
+
+from ..config import JobConfig, ModelOptions
+from ..inputs.sources import Ready, Sources
+from ..outputs.commit import Commit, Origin, commit_path, read_commit, write_commit
+from ..outputs.fingerprint import check_versions
+from ..outputs.index import thumbnail
+from ..outputs.lock import check_owner
+from ..outputs.parts import Made, Outcome, Output, Rejected
+from ..outputs.sample import Sample
+from ..outputs.store import Store
+from ..outputs.tables import PlanShard
+from ..planning.plan import read_plan, read_shard
+from ..planning.rows import PlannedImage
+from .attempts import Attempts
+from .models import Models
+from .scores import Examiner, Refused
+from .tally import ENCODE, ENGINE, STORE, Meter, Tally
+from .watchdog import Hanging, Watchdog
+
+T = TypeVar("T")
+
+MODEL = "_diffray/model.json"
+ENCODERS = READERS = 4
+
+
+class WorkerBroken(Exception):
+    """The engine failed in a way that is no row's own error: this process must end, its work be redone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a worker needs to know about its job."""
+
+    config: JobConfig
+    run: int
+    """Number of this run of the job, from its lock."""
+    model: ModelOptions
+    """The model of this worker's pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Shards that need the same model: the work of one pool."""
+
+    model: ModelOptions
+    shards: Sequence[int]
+
+
+class Worker:
+    """Makes shards with one engine.
+
+    Args:
+        meter: told about every image as it ends.
+
+    Attributes:
+        start: seconds that fetching and loading the model took.
+        tally: what was done so far.
+        watchdog: notices when the engine hangs.
+
+    Raises:
+        JobConflict: software or model are not those of the job's other workers.
+    """
+
+    def __init__(self, task: Task, store: Store, models: Models, meter: Meter | None = None) -> None:
+        self._config, self._run, self._store = task.config, task.run, store
+        check_versions(store)
+        began = time.monotonic()
+        models.fetch(task.model)
+        fetched = time.monotonic()
+        self._model = models.open(task.model)
+        self.start = {"fetch": fetched - began, "load": time.monotonic() - fetched}
+        self.tally = Tally(self._model.engine.batch_size, meter)
+        self.watchdog = Watchdog(task.config.workers.patience, lambda: (self._model.ticks, self._ended))
+        self._ended = 0
+        self._making: dict[int, asyncio.Future[Any]] = {}
+        self._returned: set[int] = set()
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._turns = _Turns()
+        kind = models.config(task.model)
+        self._scale = kind.vae.scale
+        self._sources = Sources(task.config, kind)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        name = task.config.name_of(task.model)
+        self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
+        self._examiner = Examiner(task.config.checks)
+        plan = read_plan(store)
+        self._sample = Sample.of(task.config, plan.images if plan else 0)
+        encoding = task.config.encoding
+        self._output = Output(
+            {"jpeg": "jpg"}.get(encoding.format, encoding.format),
+            encoding.layout,
+            name or self._model.name,
+            self._model.checksum,
+            encoding.metadata,
+            self._examiner.columns,
+        )
+        self._origin = Origin(
+            uuid.uuid4().hex[:12], task.run, time.time() - (time.monotonic() - began), self.start
+        )
+        self._check_model()
+
+    def close(self) -> None:
+        """Stop the engine and the encoders."""
+        self._model.engine.close()
+        self._encoders.shutdown()
+        self._readers.shutdown()
+
+    async def make(self, number: int) -> Commit | None:
+        """Make one shard final; one that already is costs a look. None when `give_back` came first.
+
+        Raises:
+            WorkerBroken: the process is not to be trusted any more.
+        """
+        if await asyncio.to_thread(self._store.exists, commit_path(number)):
+            return await asyncio.to_thread(read_commit, self._store, number)
+        began = time.time()
+        self.tally.begin(number)
+        self._making[number] = asyncio.ensure_future(self._made(number))
+        try:
+            shard, outcomes, timings = await self._making[number]
+            await asyncio.to_thread(check_owner, self._store, self._run)
+            with self.tally.inside(STORE, len(outcomes)):
+                return await asyncio.to_thread(
+                    write_commit,
+                    self._store,
+                    number,
+                    shard,
+                    outcomes,
+                    self._output,
+                    timings,
+                    self._origin.during(began, time.time()),
+                )
+        except asyncio.CancelledError:
+            if number not in self._returned:
+                raise
+            return None
+        finally:
+            self._returned.discard(number)
+            del self._making[number]
+            self.tally.end(number)
+
+    def give_back(self, number: int) -> None:
+        """Stop making a shard, so that another worker can, unless its images are all made."""
+        if number in self._making and self._making[number].cancel():
+            self._returned.add(number)
+
+    async def _made(self, number: int) -> tuple[PlanShard, list[Outcome], dict[str, float]]:
+        """How every image of a shard ended, and the seconds spent by phase."""
+        started = time.monotonic()
+        shard = await asyncio.to_thread(read_shard, self._store, number)
+        limit = self._config.workers.crashes
+        attempts = await asyncio.to_thread(Attempts.read, self._store, number, self._run, limit)
+        decided, ready = _decided(shard.images, attempts, self._examiner)
+        for outcome in decided:
+            self.tally.rejected(number, outcome.stage)
+        timings: dict[str, float] = defaultdict(float)
+        if attempts.alone:
+            async with self._turns.exclusive():
+                made = await self._one_by_one(ready, attempts, timings)
+        else:
+            async with self._turns.shared():
+                made = await self._together(ready, attempts, timings)
+        timings["shard_seconds"] = time.monotonic() - started
+        return shard, [*decided, *made], {name: round(spent, 4) for name, spent in sorted(timings.items())}
+
+    async def _together(
+        self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
+    ) -> list[Outcome]:
+        if not images:
+            return []
+        record = await asyncio.to_thread(attempts.begin)
+        try:
+            ended = (self._one(attempts.shard, image, timings) for image in images)
+            return list(await self._watched(asyncio.gather(*ended)))
+        except WorkerBroken as error:
+            await asyncio.to_thread(attempts.blame, record, str(error))
+            raise
+        except asyncio.CancelledError:
+            await asyncio.to_thread(attempts.end_row, record)
+            raise
+
+    async def _one_by_one(
+        self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
+    ) -> list[Outcome]:
+        await asyncio.to_thread(attempts.begin)
+        outcomes = []
+        for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
+            record = await asyncio.to_thread(attempts.begin_row, image.id)
+            try:
+                outcomes.append(await self._watched(self._one(attempts.shard, image, timings)))
+            except WorkerBroken as error:
+                await asyncio.to_thread(attempts.blame, record, str(error))
+                raise
+            except asyncio.CancelledError:
+                await asyncio.to_thread(attempts.end_row, record)
+                raise
+            await asyncio.to_thread(attempts.end_row, record)
+        return outcomes
+
+    async def _watched(self, work: Awaitable[T]) -> T:
+        try:
+            return await self.watchdog.watch(work)
+        except Hanging as error:
+            raise WorkerBroken(str(error)) from None
+
+    async def _one(self, number: int, image: PlannedImage, timings: dict[str, float]) -> Outcome:
+        spent: dict[str, float] = {}
+        outcome = await self._sourced(image, spent)
+        self._ended += 1
+        for phase, seconds in spent.items():
+            timings[phase] += seconds
+        if isinstance(outcome, Made):
+            self.tally.made(number, spent)
+        else:
+            self.tally.rejected(number, outcome.stage)
+        return outcome
+
+    async def _sourced(self, image: PlannedImage, spent: dict[str, float]) -> Outcome:
+        """Read what the image is made from, so much ahead that the engine never waits, and no more."""
+        if not self._sources.needed(image):
+            assert image.request is not None, "the plan's own rejections never come here"
+            return await self._outcome(Ready(image, image.request), spent)
+        loop = asyncio.get_running_loop()
+        async with self._room(loop):
+            began = time.monotonic()
+            try:
+                ready = await loop.run_in_executor(self._readers, self._sources.ready, image)
+            except InvalidRequest as error:
+                return Rejected(image, "source", error.field, error.reason, 1)
+            spent["read"] = time.monotonic() - began
+            return await self._outcome(ready, spent)
+
+    def _room(self, loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
+        """Keeps the pictures in memory few: those in the engine, and as many waiting for it."""
+        if self._gate is None or self._gate[0] is not loop:
+            self._gate = loop, asyncio.Semaphore(2 * self._model.engine.batch_size + READERS)
+        return self._gate[1]
+
+    async def _computed(self, ready: Ready) -> Result:
+        """What the engine makes of it: a picture, or latents."""
+        engine, request, task = self._model.engine, ready.request, self._config.task
+        began = time.monotonic()
+        if task == "encode":
+            assert request.init_image is not None, "the task needs one"
+            size = {"width": request.width, "height": request.height}
+            latents = await asyncio.wrap_future(engine.encode(request.init_image, **size))
+            return Result(None, latents, request, {"encode_latents": time.monotonic() - began})
+        if task == "decode":
+            import torch
+
+            picture = await asyncio.wrap_future(engine.decode(torch.from_numpy(ready.latents)))
+            return Result(picture, None, request, {"decode": time.monotonic() - began})
+        return await asyncio.wrap_future(engine.submit(request).future)
+
+    async def _outcome(self, ready: Ready, spent: dict[str, float]) -> Outcome:
+        image = ready.image
+        try:
+            with self.tally.inside(ENGINE):
+                result = await self._computed(ready)
+        except InvalidRequest as error:
+            return Rejected(image, "generate", error.field, error.reason, 1)
+        except GenerationError as error:
+            if self._model.broken is not None:
+                raise WorkerBroken(str(error)) from error
+            return Rejected(image, "generate", None, str(error), 1)
+        except Exception as error:
+            raise WorkerBroken(f"{type(error).__name__}: {error}") from error
+        spent.update(result.timings)
+        try:
+            with self.tally.inside(ENCODE):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._encoders, self._finished, image, result, spent)
+        except Refused as error:
+            return Rejected(image, "check", error.column, error.reason, 1)
+        except (OSError, ValueError) as error:
+            return Rejected(image, "encode", None, str(error), 1)
+
+    def _finished(self, image: PlannedImage, result: Result, spent: dict[str, float]) -> Made:
+        """A picture looked at and encoded; runs in a thread.
+
+        Raises:
+            Refused: the checks do not let it pass.
+        """
+        picture, request, model = result.image, result.request, self._model
+        if picture is None:
+            return self._latents(image, result)
+        began = time.monotonic()
+        scores = self._examiner.examine(picture, request)
+        checked = time.monotonic()
+        encoding = self._config.encoding
+        data = encode_image(
+            picture,
+            request,
+            format=encoding.format,
+            quality=encoding.quality,
+            model=self._output.model,
+            model_checksum=model.checksum,
+        )
+        small = thumbnail(picture) if image.id in self._sample else None
+        spent |= {"check": checked - began, "encode": time.monotonic() - checked}
+        return Made(image, request, data, hashlib.sha256(data).hexdigest(), scores, small)
+
+    def _latents(self, image: PlannedImage, result: Result) -> Made:
+        """Latents as bytes, with what is needed to read them."""
+        assert result.latents is not None, "the engine gives one or the other"
+        dtype, request = self._config.encoding.latents, result.request
+        array = result.latents.numpy().astype(np.dtype(dtype).newbyteorder("<"))
+        if not np.isfinite(array).all():
+            raise ValueError(f"latents do not fit {dtype}")
+        data = array.tobytes()
+        source = request.init_image
+        small = thumbnail(source) if source is not None and image.id in self._sample else None
+        facts = {
+            "latents": data,
+            "latents_shape": list(array.shape),
+            "latents_dtype": dtype,
+            "latents_scale": self._scale,
+        }
+        return Made(image, request, data, hashlib.sha256(data).hexdigest(), {}, small, facts)
+
+    def _check_model(self) -> None:
+        """A model's first worker records what it loaded; every other must have loaded the same."""
+        mine, path = self._model.facts(), self._record
+        if self._store.put_if_absent(path, (json.dumps(mine, indent=2) + "\n").encode()):
+            return
+        recorded = json.loads(self._store.read(path))
+        if recorded != mine:
+            lines = [
+                f"  model.{k}: {recorded.get(k)} -> {v}" for k, v in mine.items() if recorded.get(k) != v
+            ]
+            self.close()
+            raise JobConflict("\n".join(["this worker's model is not the one the job began with:", *lines]))
+
+
+def _decided(
+    images: tuple[PlannedImage, ...], attempts: Attempts, examiner: Examiner
+) -> tuple[list[Rejected], list[PlannedImage]]:
+    """What needs no engine any more (refused by the plan or the guard, or killers), and what does."""
+    outcomes: list[Rejected] = []
+    ready = []
+    for image in images:
+        if image.request is None:
+            outcomes.append(Rejected(image, "plan", image.field, image.reason or "", 0))
+        elif verdict := attempts.verdicts.get(image.id):
+            outcomes.append(Rejected(image, **verdict))
+        elif image.id in attempts.killers:
+            deaths = attempts.deaths[image.id]
+            error = attempts.reasons.get(image.id)
+            reason = f"crashed its worker {deaths} times" + (f", last with {error}" if error else "")
+            outcomes.append(Rejected(image, "generate", None, reason, deaths))
+        elif refusal := examiner.guard(image.request):
+            outcomes.append(Rejected(image, "guard", "prompt", refusal, 0))
+        else:
+            ready.append(image)
+    return outcomes, ready
+
+
+class _Turns:
+    """Either many shards at once, or one alone. One that waits to be alone goes before newcomers."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._sharing = 0
+        self._alone = False
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._alone and not self._waiting)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._sharing -= 1
+                self._changed.notify_all()
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        async with self._changed:
+            self._waiting += 1
+            try:
+                await self._changed.wait_for(lambda: not self._alone and not self._sharing)
+            finally:
+                self._waiting -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._alone = False
+                self._changed.notify_all()

@@ -1,0 +1,1 @@
+"""The files of a dataset: who may write them, how they appear, what is in them."""

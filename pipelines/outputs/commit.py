@@ -1,0 +1,224 @@
+"""Making a shard final: data first, then one commit record that appears whole or not at all.
+
+    data/part-00000.parquet          images (or data/images/part-00000/ with metadata.parquet)
+    rejected/part-00000.parquet      rows that did not become images; absent when there are none
+    _diffray/commits/00000.json      the record: written last, put-if-absent
+
+Names derive from the shard number alone, so a redone shard overwrites its own leftovers with the same
+bytes. A file without a record does not count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from posixpath import basename, dirname
+from typing import Any
+
+from diffray.model.errors import AccountingError, JobConflict
+
+from ..planning.plan import Plan
+from .parts import PART, Made, Outcome, Output, Part, Rejected, leftovers, part_files
+from .store import Store
+from .tables import PlanShard
+
+COMMITS = "_diffray/commits"
+HISTORY = "_diffray/history"
+READERS, WRITERS = 16, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Which worker made a shard, and when; for reports, never for decisions.
+
+    Attributes:
+        worker: a random name.
+        run: number of the run of the job.
+        born: when the worker began, in seconds since 1970, before it loaded the model.
+        start: seconds of the phases before its first shard.
+        began, ended: when it worked on the shard.
+    """
+
+    worker: str = ""
+    run: int = 0
+    born: float = 0.0
+    start: Mapping[str, float] = field(default_factory=dict)
+    began: float = 0.0
+    ended: float = 0.0
+
+    def during(self, began: float, ended: float) -> Origin:
+        """The same worker, on one shard."""
+        return replace(self, began=round(began, 3), ended=round(ended, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What the record of one shard says."""
+
+    shard: int
+    planned: int
+    images: int
+    rejected: int
+    files: tuple[Mapping[str, Any], ...]
+    """Path, bytes, rows (0 for image files) and SHA-256 of each file, in name order."""
+    image_sha256: Mapping[str, str]
+    reasons: Mapping[str, str]
+    """Image id to reason, for the rejected ones."""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    origin: Origin = Origin()
+
+
+def commit_path(shard: int) -> str:
+    """Where the record of a shard is kept."""
+    return f"{COMMITS}/{shard:05d}.json"
+
+
+def committed(store: Store) -> set[int]:
+    """The shards that are final: one listing, no reads."""
+    return {int(name.removesuffix(".json")) for name in store.list(COMMITS) if name.endswith(".json")}
+
+
+def read_commit(store: Store, shard: int) -> Commit:
+    """The record of a committed shard.
+
+    Raises:
+        JobConflict: the record is damaged; it is never taken for absent.
+    """
+    try:
+        values = json.loads(store.read(commit_path(shard)))
+        origin = Origin(**values.get("origin", {}))
+        return Commit(**{**values, "files": tuple(values["files"]), "origin": origin})
+    except (ValueError, TypeError, KeyError) as error:
+        raise JobConflict(f"{store.path(commit_path(shard))} is damaged: {error}") from None
+
+
+def read_commits(store: Store, shards: Iterable[int]) -> list[Commit]:
+    """Several records, read side by side, without what they say about single images: there may be many."""
+
+    def brief(shard: int) -> Commit:
+        return replace(read_commit(store, shard), image_sha256={}, reasons={})
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(brief, shards))
+
+
+def write_commit(
+    store: Store,
+    number: int,
+    shard: PlanShard,
+    outcomes: Sequence[Outcome],
+    output: Output,
+    timings: Mapping[str, float],
+    origin: Origin = Origin(),
+) -> Commit:
+    """Write a shard's files, then its record.
+
+    Raises:
+        AccountingError: the outcomes are not exactly the shard's images, once each.
+        JobConflict: another worker committed it meanwhile, and not the same.
+    """
+    by_id = {outcome.image.id: outcome for outcome in outcomes}
+    if len(by_id) != len(outcomes) or by_id.keys() != {image.id for image in shard.images}:
+        odd = sorted({image.id for image in shard.images} ^ by_id.keys())[:5]
+        raise AccountingError(
+            f"shard {number}: {len(shard.images)} planned, {len(outcomes)} ended; e.g. {odd}"
+        )
+    ordered = [by_id[image.id] for image in shard.images]
+    made = [outcome for outcome in ordered if isinstance(outcome, Made)]
+    rejected = [outcome for outcome in ordered if isinstance(outcome, Rejected)]
+    files = part_files(number, shard.user, made, rejected, output)
+    for name in _leftovers(store, number, output) - files.keys():
+        store.remove(name)  # an earlier, crashed attempt may have ended differently
+    _write(store, files)
+    commit = Commit(
+        shard=number,
+        planned=len(ordered),
+        images=len(made),
+        rejected=len(rejected),
+        files=tuple(part.facts(name) for name, part in sorted(files.items())),
+        image_sha256={outcome.image.id: outcome.sha256 for outcome in made},
+        reasons={outcome.image.id: outcome.reason for outcome in rejected},
+        timings=timings,
+        origin=origin,
+    )
+    if store.put_if_absent(commit_path(number), (json.dumps(asdict(commit), indent=1) + "\n").encode()):
+        return commit
+    first = read_commit(store, number)  # of a worker that was thought dead
+    if first.files != commit.files:
+        raise JobConflict(
+            f"{store.path(commit_path(number))}: another worker committed this shard with other files; "
+            f"`diffray verify --repair` takes it back"
+        )
+    return first
+
+
+def proven_totals(store: Store, plan: Plan) -> tuple[dict[str, int], list[Commit]]:
+    """Totals and records of a finished job, after checking that every planned image ended exactly once.
+
+    Raises:
+        AccountingError: a shard is missing or strange, the sums differ from the plan, a file that a record
+            names is gone, or a part file stands there that no record names.
+    """
+    shards = committed(store)
+    if shards != set(range(plan.shards)):
+        odd = sorted(shards ^ set(range(plan.shards)))
+        raise AccountingError(f"{plan.shards} shards planned, {len(shards)} committed; differing: {odd[:10]}")
+    commits = read_commits(store, range(plan.shards))
+    images, rejected = totals(plan, commits)
+    if images + rejected != plan.images or any(c.images + c.rejected != c.planned for c in commits):
+        raise AccountingError(f"{plan.images} images planned, but {images} made and {rejected} rejected")
+    named = {current_path(plan, c, file) for c in commits for file in c.files if file["rows"]}
+    named = {name for name in named if not name.startswith(HISTORY)}
+    found = {f"{folder}/{name}" for folder in ("data", "rejected") for name in store.list(folder)}
+    if folders := store.list("data/images"):
+        table = next((name for name in named if name.startswith("data/images/")), "metadata.parquet")
+        found |= {f"data/images/{name}/{basename(table)}" for name in folders}
+    found = {name for name in found if PART.search(name)}
+    if named != found:
+        raise AccountingError(f"files and commit records differ: {sorted(named ^ found)[:10]}")
+    proven = {"planned": plan.images, "images": images, "rejected": rejected, "shards": plan.shards}
+    return proven, commits
+
+
+def totals(plan: Plan, commits: Iterable[Commit]) -> tuple[int, int]:
+    """Images and rejected rows so far; a rejection that later shards run again counts no more."""
+    commits = list(commits)
+    return sum(c.images for c in commits), sum(c.rejected for c in commits if c.shard >= plan.retried)
+
+
+def current_path(plan: Plan, commit: Commit, file: Mapping[str, Any]) -> str:
+    """Where a committed file is in a finished job: rejections that were run again are kept as history."""
+    path = str(file["path"])
+    history = commit.shard < plan.retried and path.startswith("rejected/")
+    return f"{HISTORY}/{path}" if history else path
+
+
+def archive_retried(store: Store, plan: Plan, commits: Iterable[Commit]) -> None:
+    """Move the rejected parts that count no more out of the dataset."""
+    for commit in commits:
+        for file in commit.files:
+            path, place = str(file["path"]), current_path(plan, commit, file)
+            if path != place and store.exists(path):
+                store.write(place, store.read(path))
+                store.remove(path)
+
+
+def _leftovers(store: Store, number: int, output: Output) -> set[str]:
+    """Files of an earlier, crashed attempt at a shard that this one may not overwrite."""
+    found = leftovers(number, output)
+    if output.layout == "files":
+        folder = dirname(output.table(number))
+        found |= {f"{folder}/{name}" for name in store.list(folder)}
+    return found
+
+
+def _write(store: Store, files: Mapping[str, Part]) -> None:
+    """Image files side by side, then the tables."""
+    images = [name for name, part in files.items() if not PART.search(name)]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda name: store.write(name, files[name].data), images))
+    for name, part in files.items():
+        if PART.search(name):
+            store.write(name, part.data)

@@ -1,0 +1,116 @@
+"""What decides a job's output, recorded once; a resumed job that differs is refused."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from diffray.model.config import ModelConfig
+from diffray.model.errors import JobConflict
+
+from ..config import JobConfig
+from ..making.scores import facts as facts_of
+from .store import Store
+
+JOB = "_diffray/job.json"
+_ELSEWHERE: Any = {"input": True, "output": True, "workers": True, "pictures": {"root"}}
+"""Where the job reads, writes and runs: that may change."""
+VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
+"""The software that decides the bytes of images, image files and Parquet files."""
+
+
+def fingerprint(
+    config: JobConfig, models: Mapping[str, ModelConfig], checksums: Mapping[str, str]
+) -> dict[str, Any]:
+    """Config (but for where it runs, reads and writes), model and software, as plain JSON values.
+
+    What the input holds is the plan's business: it may grow.
+    """
+    facts = {name: {**asdict(model), "checksum": checksums[name]} for name, model in models.items()}
+    values = {
+        "config": config.model_dump(mode="json", by_alias=True, exclude=_ELSEWHERE),
+        "model": facts if config.models else facts[""],
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    if judges := facts_of(config.checks):
+        values["checks"] = judges
+    return dict(json.loads(json.dumps(values)))
+
+
+def record(store: Store, mine: dict[str, Any]) -> None:
+    """Record the fingerprint of a job that has no plan yet, so nothing could have come of an earlier one."""
+    store.write(JOB, (json.dumps(mine, indent=2) + "\n").encode())
+
+
+def recorded_config(store: Store) -> dict[str, Any]:
+    """The config that the job in `store` was started with, but for where it reads, writes and runs.
+
+    Raises:
+        JobConflict: the record is damaged.
+    """
+    return dict(_recorded(store)["config"])
+
+
+def check_versions(store: Store) -> None:
+    """Refuse to work, in this process, for a job that was started with other software than is installed here.
+
+    Raises:
+        JobConflict: naming what differs.
+    """
+    job: dict[str, str] = _recorded(store)["versions"]
+    if odd := [
+        f"{n} {version(n)} here, {job.get(n)} in the job" for n in VERSIONS if version(n) != job.get(n)
+    ]:
+        raise JobConflict(f"{socket.gethostname()} has other software than the job: {'; '.join(odd)}")
+
+
+def refuse_foreign(store: Store) -> None:
+    """Refuse an output that holds files which no diffray job wrote.
+
+    Raises:
+        JobConflict: naming some of them.
+    """
+    foreign = [] if store.exists(JOB) else [name for name in store.list() if name != "_diffray"]
+    if foreign:
+        raise JobConflict(f"{store.url} is not empty ({', '.join(foreign[:5])}) and holds no diffray job")
+
+
+def check(store: Store, mine: dict[str, Any]) -> None:
+    """Refuse to go on with a planned job whose recorded fingerprint is another one.
+
+    Raises:
+        JobConflict: showing every difference on a line of its own.
+    """
+    recorded = _recorded(store)
+    if recorded == mine:
+        return
+    before, after = _flat(recorded), _flat(mine)
+    lines = [
+        f"  {key}: {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "nothing") != after.get(key, "nothing")
+    ]
+    raise JobConflict(
+        "\n".join([f"{store.url} holds another job; choose a new output, or undo these changes:", *lines])
+    )
+
+
+def _recorded(store: Store) -> dict[str, Any]:
+    try:
+        return dict(json.loads(store.read(JOB)))
+    except ValueError as error:
+        raise JobConflict(f"{store.path(JOB)} is damaged: {error}") from None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys."""
+    if isinstance(value, dict) and value:
+        flat: dict[str, str] = {}
+        for key, inner in value.items():
+            flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: json.dumps(value)}

@@ -1,0 +1,29 @@
+"""The sample of a dataset that people look at: about as many images as the job asks for, evenly drawn.
+
+Whether an image is in it depends on its id and the size of the whole alone. A job that grew draws again, and
+the images of the smaller sample are among those of the larger one, so their thumbnails are there already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Self
+
+from ..config import JobConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The ids whose hash is below `share` of all hashes."""
+
+    share: float
+
+    @classmethod
+    def of(cls, config: JobConfig, images: int) -> Self:
+        """The sample of a job with so many planned images, for gallery and contact sheet."""
+        return cls(max(config.gallery, 2 * config.contact_sheet) / max(1, images))
+
+    def __contains__(self, image_id: object) -> bool:
+        digest = hashlib.blake2b(str(image_id).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.share * 2**64

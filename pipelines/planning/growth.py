@@ -1,0 +1,159 @@
+"""A job whose input grew: the new rows become further shards, after proof that the old rows are what they were.
+
+The proof compares what was planned with what would be planned now, image by image and by id, so neither the
+order of rows nor the names of files matter. It keeps sixteen bytes per planned image in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+
+import numpy as np
+
+from diffray.model.config import ModelConfig
+from diffray.model.errors import JobConflict
+
+from ..config import InvalidJob, JobConfig
+from ..inputs.source import Source
+from ..outputs.store import Store
+from ..outputs.tables import PlanShard
+from ..report import SUCCESS
+from .plan import Plan, folders, planned, read_shard, record_plan, write_shards
+from .rows import PlannedImage
+
+BATCH = 1000
+"""Images that are compared at a time."""
+
+
+def grow(
+    store: Store, config: JobConfig, models: Mapping[str, ModelConfig], source: Source, plan: Plan
+) -> Plan:
+    """Plan what is new in the input; returns the plan that covers all of it.
+
+    Raises:
+        JobConflict: a planned image is gone from the input or would be another one now; names it.
+        InvalidJob: the input as a whole is unusable, or it changed while it was read.
+    """
+    files = source.fingerprint()
+    survey, images = planned(config, models, source)
+    user = read_shard(store, 0).user if plan.shards else survey.user.schema
+    if survey.user.schema != user:
+        before, after = ({f.name: str(f.type) for f in schema} for schema in (user, survey.user.schema))
+        odd = sorted(dict.fromkeys([*before, *after]))
+        changes = [f"{n}: {before.get(n)} -> {after.get(n)}" for n in odd if before.get(n) != after.get(n)]
+        raise JobConflict(f"{store.url}: the input's columns changed: {'; '.join(changes) or 'their order'}")
+    known = _Known(store, plan)
+    wrote = write_shards(store, known.unseen(_stored(images, user)), user, config.shards, plan.shards)
+    known.check_all_seen()
+    if source.fingerprint() != files:
+        raise InvalidJob("the input changed while it was read; run again when it is complete")
+    larger = replace(
+        plan,
+        rows=survey.rows,
+        images=plan.images + wrote.images,
+        rejected=plan.rejected + wrote.rejected,
+        shards=plan.shards + wrote.shards,
+        input=files,
+        folders=folders(config, source),
+        models={
+            name: [*plan.models.get(name, ()), *wrote.models.get(name, ())]
+            for name in {**plan.models, **wrote.models}
+        },
+        number=plan.number + 1,
+    )
+    if wrote.shards:
+        store.remove(SUCCESS)  # whoever waits for it must not take the half for the whole
+    record_plan(store, larger)
+    return larger
+
+
+def _stored(images: Iterator[PlannedImage], user: object) -> Iterator[PlannedImage]:
+    """The images as a plan shard gives them back, so that they compare equal to those that were planned."""
+    batch: list[PlannedImage] = []
+
+    def through() -> Iterator[PlannedImage]:
+        yield from PlanShard.from_parquet(PlanShard(tuple(batch), user).to_parquet()).images
+        batch.clear()
+
+    for image in images:
+        batch.append(image)
+        if len(batch) == BATCH:
+            yield from through()
+    if batch:
+        yield from through()
+
+
+class _Known:
+    """The images of a plan, as hashes of their ids and contents."""
+
+    def __init__(self, store: Store, plan: Plan) -> None:
+        self._store, self._plan = store, plan
+        ids, contents = array("Q"), array("Q")
+        for image in self._images():
+            ids.append(_hash(image.id))
+            contents.append(_content(image))
+        # Rejected rows that ran again stand there twice, with the same content.
+        self._ids, first = np.unique(np.frombuffer(ids, np.uint64), return_index=True)
+        self._contents = np.frombuffer(contents, np.uint64)[first]
+        self._seen = np.zeros(len(self._ids), bool)
+
+    def unseen(self, images: Iterator[PlannedImage]) -> Iterator[PlannedImage]:
+        """Those that are not planned yet; an image that is must be the same as then."""
+        for image in images:
+            own = np.uint64(_hash(image.id))
+            at = int(np.searchsorted(self._ids, own))
+            if at == len(self._ids) or self._ids[at] != own:
+                yield image
+            elif self._contents[at] == np.uint64(_content(image)):
+                self._seen[at] = True
+            else:
+                raise JobConflict(self._changed(image))
+
+    def check_all_seen(self) -> None:
+        """Refuse an input that lacks a planned image."""
+        gone = int((~self._seen).sum())
+        if not gone:
+            return
+        missing = set(self._ids[~self._seen][:3].tolist())
+        shown = [image.id for image in self._images() if _hash(image.id) in missing]
+        raise JobConflict(
+            f"{self._store.url}: the input lacks {gone} images that were planned, e.g. {', '.join(shown)}; "
+            f"choose a new output, or bring the rows back"
+        )
+
+    def _images(self) -> Iterator[PlannedImage]:
+        for shard in range(self._plan.shards):
+            yield from read_shard(self._store, shard).images
+
+    def _changed(self, now: PlannedImage) -> str:
+        before = next(image for image in self._images() if image.id == now.id)
+        old, new = _shown(before), _shown(now)
+        lines = [f"  {k}: {old.get(k)!r} -> {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
+        where = f"{now.file}:{now.line}"
+        return "\n".join(
+            [
+                f"{self._store.url} holds another job: image {now.id} ({where}) changed; "
+                f"choose a new output, or undo this:",
+                *lines,
+            ]
+        )
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _content(image: PlannedImage) -> int:
+    """All of an image but the place of its row."""
+    return _hash(repr(replace(image, file="", line=0)))
+
+
+def _shown(image: PlannedImage) -> dict[str, object]:
+    """An image's values by name, for showing a difference."""
+    request = image.request
+    values = {f.name: getattr(request, f.name) for f in fields(request)} if request else {}
+    own: dict[str, object] = {"field": image.field, "reason": image.reason}
+    return {**values, **own, **image.original, **image.user}

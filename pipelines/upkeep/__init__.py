@@ -1,0 +1,1 @@
+"""What one does with a dataset after its job."""

@@ -1,0 +1,252 @@
+"""What one does with a dataset after its job: repair it, run its rejected rows again, clean up after crashes.
+
+All of it takes the job's lock, so that it never meets a driver at work, and each may be interrupted anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from diffray.model.errors import JobConflict, JobError
+
+from ..config import JobConfig, storage_options
+from ..job import Generate, JobResult, complete, result
+from ..making.actors import generate_on_ray
+from ..making.attempts import Attempts
+from ..making.models import Models
+from ..outputs.commit import Commit, commit_path, committed, current_path, read_commit
+from ..outputs.fingerprint import check, fingerprint, recorded_config
+from ..outputs.lock import Lock
+from ..outputs.store import SCRATCH, Store
+from ..planning.plan import Plan, read_plan, read_shard, record_plan, shard_path, write_shards
+from ..planning.rows import PlannedImage
+from ..progress import Progress, Silent
+from ..report import SUCCESS
+from .verification import Verification, verify
+
+HISTORY_COMMITS = "_diffray/history/commits"
+
+
+def planned_job(store: Store) -> Plan:
+    """The plan of the job in `store`.
+
+    Raises:
+        JobError: there is none.
+    """
+    plan = read_plan(store)
+    if plan is None:
+        raise JobError(f"{store.url} holds no planned diffray job")
+    return plan
+
+
+# Repair ----------------------------------------------------------------------------------------------------
+
+
+def repair(store: Store, *, take_over: bool = False) -> Verification:
+    """Verify, and take back the commits of damaged shards, so that the job's own command makes them again.
+
+    Rows that were rejected stay rejected, and the new files have the bytes of the lost ones. The records that
+    are taken back are kept under `_diffray/history`.
+    """
+    planned_job(store)
+    with Lock.acquire(store, take_over=take_over) as lock:
+        found = verify(store)
+        if found.damaged:
+            store.remove(SUCCESS)
+        for number in found.damaged:
+            _take_back(store, planned_job(store), number, lock.run)
+    return found
+
+
+def _take_back(store: Store, plan: Plan, number: int, run: int) -> None:
+    if verdicts := _verdicts(store, plan, number):
+        Attempts.read(store, number, run, 1, patient=True).uphold(verdicts)
+    record = store.read(commit_path(number))
+    store.write(f"{HISTORY_COMMITS}/{number:05d}-{run:05d}.json", record)
+    store.remove(commit_path(number))
+
+
+def _verdicts(store: Store, plan: Plan, number: int) -> dict[str, Mapping[str, Any]]:
+    """The rejections of a shard that stand when it is made again.
+
+    They are read from its rejected part. Where that is lost, making the rows again finds them out, unless
+    they ran again in a later shard: those must not become images here too.
+    """
+    try:
+        commit = read_commit(store, number)
+    except JobConflict:
+        reasons = dict.fromkeys(_retried_ids(store, plan, number), "rejected; the record of why was damaged")
+    else:
+        if (found := _recorded_verdicts(store, plan, commit)) is not None:
+            return found
+        reasons = dict(commit.reasons) if number < plan.retried else {}
+    unknown = {"stage": "generate", "field": None, "attempts": 0}
+    return {image: {**unknown, "reason": reason} for image, reason in reasons.items()}
+
+
+def _recorded_verdicts(store: Store, plan: Plan, commit: Commit) -> dict[str, Mapping[str, Any]] | None:
+    """The verdicts in a shard's rejected part; None when it is damaged."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in commit.files:
+        if not str(file["path"]).startswith("rejected/"):
+            continue
+        for path in (current_path(plan, commit, file), str(file["path"])):
+            try:
+                data = store.read(path)
+            except FileNotFoundError:
+                continue
+            if hashlib.sha256(data).hexdigest() == file["sha256"]:
+                rows = pq.read_table(io.BytesIO(data)).to_pylist()
+                found = {r["id"]: {k: r[k] for k in ("stage", "field", "reason", "attempts")} for r in rows}
+                break
+    return found if found.keys() == commit.reasons.keys() else None
+
+
+def _retried_ids(store: Store, plan: Plan, number: int) -> set[str]:
+    if number >= plan.retried:
+        return set()
+    mine = {image.id for image in read_shard(store, number).images}
+    later = range(number + 1, plan.shards)
+    return {image.id for shard in later for image in read_shard(store, shard).images if image.id in mine}
+
+
+# Rejected rows again ---------------------------------------------------------------------------------------
+
+
+def retry_rejected(
+    output: str,
+    *,
+    workers: Mapping[str, Any] | None = None,
+    storage: Mapping[str, Mapping[str, Any]] | None = None,
+    take_over: bool = False,
+    progress: Progress | None = None,
+    models: Models | None = None,
+    store: Store | None = None,
+    generate: Generate = generate_on_ray,
+) -> JobResult:
+    """Run all rejected rows of a finished job again, as further shards with the same config, model and seeds.
+
+    What succeeds is an image from then on. What fails again is rejected with the new reason; the old one is
+    kept under `_diffray/history`. Interrupted, it goes on when called again.
+
+    Args:
+        output: the dataset.
+        workers: `workers` of the job config, for this run.
+        storage: `storage` of the job config.
+        take_over, progress, models, store, generate: as for `run`.
+
+    Raises:
+        JobError: the job itself is not finished yet.
+        JobConflict: model or software differ from the job's.
+    """
+    started = time.monotonic()
+    values: dict[str, Any] = {
+        "output": output,
+        "workers": dict(workers or {}),
+        "storage": dict(storage or {}),
+    }
+    store = store or Store(output, storage_options(storage or {}, output))
+    progress = progress or Silent()
+    plan = planned_job(store)
+    recorded = recorded_config(store)
+    values["input"] = plan.folders.get("input") or ""
+    values["pictures"] = {**recorded.get("pictures", {}), "root": plan.folders.get("pictures")}
+    config = JobConfig.checked({**recorded, **values})
+    models = models or Models(config.storage)
+    kinds = {name: models.config(model) for name, model in config.every_model.items()}
+    check(store, fingerprint(config, kinds, {n: models.checksum(m) for n, m in config.every_model.items()}))
+    with Lock.acquire(store, take_over=take_over) as lock:
+        plan = planned_job(store)
+        missing = set(range(plan.shards)) - committed(store)
+        if any(number < plan.retried or not plan.retried for number in missing):
+            raise JobError(f"{store.url}: {len(missing)} shards are missing; run the job's own command first")
+        if not missing:
+            plan = _plan_again(store, config, plan)
+        made = complete(config, lock, store, models, plan, progress, generate)
+    return result(store, plan, made, started)
+
+
+def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
+    """The plan with all rejected rows once more at its end."""
+    if not any(read_commit(store, n).rejected for n in range(plan.retried, plan.shards)):
+        return plan
+    user = read_shard(store, 0).user
+    wrote = write_shards(store, _rejected(store, plan), user, config.shards, plan.shards)
+    names = {**plan.models, **wrote.models}
+    again = replace(
+        plan,
+        shards=plan.shards + wrote.shards,
+        retried=plan.shards,
+        models={name: [*plan.models.get(name, ()), *wrote.models.get(name, ())] for name in names},
+        number=plan.number + 1,
+    )
+    store.remove(SUCCESS)
+    record_plan(store, again)
+    return again
+
+
+def _rejected(store: Store, plan: Plan) -> Iterator[PlannedImage]:
+    for number in range(plan.retried, plan.shards):
+        reasons = read_commit(store, number).reasons
+        if reasons:
+            yield from (image for image in read_shard(store, number).images if image.id in reasons)
+
+
+# Leftovers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """What `collect` found: paths of orphaned files, and how many unfinished uploads were aborted."""
+
+    files: tuple[str, ...]
+    uploads: int
+
+
+_MINE = re.compile(
+    r"(data|rejected|_diffray/index)/part-\d{5,}\.(parquet|tar)"
+    r"|data/images/part-\d{5,}/(\d{5}-[\w-]*\.(png|jpg|webp)|metadata\.(parquet|jsonl))"
+)
+"""Paths that the shards of a job write, and nobody else."""
+
+
+def collect(store: Store, age: float, *, dry_run: bool = False, take_over: bool = False) -> Leftovers:
+    """Delete what crashed attempts left behind `age` seconds ago or earlier.
+
+    That is: files of shards that no commit record names, temporary files, and plan shards beyond the plan. A
+    file that is named otherwise than this job names its own is never touched.
+    """
+    planned_job(store)
+    with Lock.acquire(store, take_over=take_over):
+        plan, done = planned_job(store), committed(store)
+        named = {str(file["path"]) for n in done for file in read_commit(store, n).files}
+        orphans = [path for path in _old(store, age) if path not in named and _MINE.fullmatch(path)]
+        orphans += [f"{SCRATCH}/{name}" for name in _old_in(store, SCRATCH, age)]
+        beyond = shard_path(plan.shards).rpartition("/")[2]
+        folder = shard_path(0).rpartition("/")[0]
+        orphans += [f"{folder}/{name}" for name in _old_in(store, folder, age) if name >= beyond]
+        if dry_run:
+            return Leftovers(tuple(orphans), 0)
+        for path in orphans:
+            store.remove(path)
+        return Leftovers(tuple(orphans), store.abort_uploads(age))
+
+
+def _old(store: Store, age: float) -> Iterator[str]:
+    folders = ["data", "rejected", "_diffray/index"]
+    folders += [f"data/images/{name}" for name in store.list("data/images")]
+    for folder in folders:
+        yield from (f"{folder}/{name}" for name in _old_in(store, folder, age))
+
+
+def _old_in(store: Store, folder: str, age: float) -> list[str]:
+    """Names of objects, not folders, that are that old."""
+    return [n for n, seconds in store.ages(folder).items() if seconds is not None and seconds >= age]

@@ -1,0 +1,271 @@
+"""Inputs of every kind, written by the tools that people write them with."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffray.pipelines import InvalidJob
+from diffray.pipelines.inputs.source import Source, input_root
+
+from ..conftest import Place
+from ..s3 import S3
+
+
+def image(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def png(colour: str) -> bytes:
+    sink = io.BytesIO()
+    image(colour).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def colours(place: Place, output: str = "out") -> dict[str, tuple[int, int, int]]:
+    """Prompt to the main channel of its picture: the fake engine mixes the source with noise."""
+    found = {}
+    for row in place.rows(output):
+        pixel = (
+            Image.open(io.BytesIO(row["image"]["bytes"]))
+            .resize((1, 1), Image.Resampling.BOX)
+            .getpixel((0, 0))
+        )
+        found[row["prompt"]] = "rgb"[max(range(3), key=lambda i: pixel[i])]
+    return found
+
+
+def tar(path: Path, members: dict[str, bytes | str]) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_pandas_parquet_with_pictures_as_bytes_and_a_carried_mask(place: Place) -> None:
+    frame = pd.DataFrame(
+        {
+            "caption": ["r", "g", "b"],
+            "jpg": [png("red"), png("lime"), png("blue")],
+            "seg": [b"one", None, b"three"],
+            "score": [0.5, None, 2],
+            "label": pd.Categorical(["x", "y", "x"]),
+        }
+    )
+    frame.to_parquet(place.path / "t.parquet", row_group_size=2)
+    options = {"task": "augment", "columns": {"prompt": "caption"}}
+    assert place.job(str(place.path / "t.parquet"), **options).images == 3
+    assert colours(place) == {"r": "r", "g": "g", "b": "b"}
+    rows = {row["prompt"]: row for row in place.rows()}
+    assert [rows[p]["seg"] for p in "rgb"] == [b"one", None, b"three"]
+    assert [rows[p]["label"] for p in "rgb"] == ["x", "y", "x"]
+    assert rows["b"]["init_image"] == "input:t.parquet#row=2&column=jpg"
+    plan = pq.read_schema(next((place.path / "out/_diffray/plan").glob("*.parquet")))
+    assert plan.field("seg").type == pa.string(), "the plan holds a reference, not the bytes"
+
+
+@pytest.fixture
+def dataset() -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "mask": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "boxes": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+        }
+    )
+    rows = {
+        "image": [image("red"), image("blue"), None],
+        "mask": [image("white"), None, None],
+        "label": [0, 1, 1],
+        "boxes": [[[0.5, 1, 2, 3]], [], []],
+    }
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize("how", ["disk", "parquet"])
+def test_hugging_face_datasets_on_disk(place: Place, dataset: datasets.Dataset, how: str) -> None:
+    if how == "disk":
+        dataset.save_to_disk(place.path / "ds", num_shards=2)
+        place_in = str(place.path / "ds")
+    else:
+        place_in = str(place.path / "data.parquet")
+        dataset.to_parquet(place_in)
+    result = place.job(place_in, task="augment", templates={"prompt": "a photo of a {label}"})
+    assert (result.images, result.rejected) == (2, 1)
+    assert colours(place) == {"a photo of a cat": "r", "a photo of a dog": "b"}
+    cat, dog = sorted(place.rows(), key=lambda row: row["label"])
+    assert (cat["label"], cat["boxes"], dog["boxes"], dog["mask"]) == (0, [[0.5, 1, 2, 3]], [], None)
+    assert Image.open(io.BytesIO(cat["mask"]["bytes"])).getpixel((0, 0)) == (255, 255, 255)
+    [row] = place.rows(folder="rejected")
+    assert (row["stage"], row["field"]) == ("source", "init_image")
+    again = datasets.load_dataset("parquet", data_files=str(place.path / "out/data/*.parquet"), split="train")
+    assert again[0]["image"].size == (16, 16)
+    assert again.features["label"].names == ["cat", "dog"]
+    assert {row["label"]: row["mask"] and row["mask"].size for row in again} == {0: (16, 16), 1: None}
+
+
+def test_a_dataset_of_several_splits_and_a_selection_are_refused(
+    place: Place, dataset: datasets.Dataset
+) -> None:
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(place.path / "dd")
+    with pytest.raises(InvalidJob, match=r"choose one: .*/dd/train, .*/dd/test"):
+        Source(str(place.path / "dd"))
+    assert len(list(Source(str(place.path / "dd/train")).rows())) == 3
+
+
+def test_picture_folders_with_and_without_metadata(place: Place) -> None:
+    for name, colour in (("cats/1.png", "red"), ("dogs/2.jpg", "blue"), (".hidden/3.png", "lime")):
+        path = place.path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image(colour).save(path)
+    folder = str(place.path / "folder")
+    place.job(folder, "plain", task="augment", templates={"prompt": "a {label}"})
+    assert colours(place, "plain") == {"a cats": "r", "a dogs": "b"}
+    assert [row["label"] for row in place.rows("plain")] == ["cats", "dogs"]
+    (place.path / "folder/cats/1.txt").write_text("a red cat\n")
+    (place.path / "folder/dogs/2.txt").write_text("a blue dog")
+    place.job(folder, "texts", task="augment")
+    assert colours(place, "texts") == {"a red cat": "r", "a blue dog": "b"}
+    for file in (place.path / "folder").rglob("*.txt"):
+        file.unlink()
+    (place.path / "folder/metadata.csv").write_text("file_name,prompt,kind\ncats/1.png,one,7\n")
+    place.job(folder, "metadata", task="augment")
+    assert [(row["prompt"], row["kind"]) for row in place.rows("metadata")] == [("one", "7")]
+    place.job(f"{folder}/*/*.png", "glob", task="augment", templates={"prompt": "x"})
+    assert len(place.rows("glob")) == 1
+
+
+def test_webdataset_tars(place: Place) -> None:
+    tar(
+        place.path / "0.tar",
+        {
+            "a/1.png": png("red"),
+            "a/1.json": json.dumps({"steps": 3, "boxes": [1]}),
+            "a/1.txt": "one\n",
+            "a/1.seg.npy": b"anything",
+            "a/2.txt": "two",
+            "a/2.cls": "5",
+            "a/2.jpg": png("blue"),
+            "b.png": png("lime"),
+            "b.json": "[",
+        },
+    )
+    tar(place.path / "1.tar", {"c.png": png("lime"), "c.txt": "three"})
+    result = place.job(str(place.path / "*.tar"), task="augment")
+    assert (result.images, result.rejected) == (3, 1)
+    assert colours(place) == {"one": "r", "two": "b", "three": "g"}
+    one = next(row for row in place.rows() if row["prompt"] == "one")
+    assert (one["steps"], one["boxes"], one["seg.npy"], one["__key__"]) == (3, [1], b"anything", "a/1")
+    assert one["init_image"].startswith("input:0.tar#offset=")
+    [bad] = place.rows(folder="rejected")
+    assert (bad["field"], bad["file"]) == ("row", "0.tar")
+    assert "b.json" in bad["reason"]
+
+
+def test_a_cut_off_tar_costs_the_sample_that_is_cut_off(place: Place) -> None:
+    path = tar(place.path / "t.tar", {"a.png": png("red"), "a.txt": "a", "b.txt": "b", "b.png": bytes(5000)})
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: whole.index(b"b.png") + 1024])
+    rows = list(Source(path).rows())
+    assert [row.problem is None for row in rows] == [True, False]
+    assert "cut off" in str(rows[1].problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tar.gz", b"", "unpack it first"),
+        ("a.tar", b"no tar at all" * 100, "a.tar"),
+        ("a.lance", None, "Lance datasets are not read"),
+        ("a.arrow", b"nothing", "a.arrow"),
+        ("a.webp2", b"", "allowed endings"),
+    ],
+)
+def test_inputs_that_are_none_are_refused(
+    place: Place, name: str, content: bytes | None, message: str
+) -> None:
+    path = place.path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(InvalidJob, match=message):
+        list(Source(str(path)).rows())
+
+
+def test_arrow_files_with_text_that_is_no_utf8_lose_that_row_only(place: Place) -> None:
+    broken = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xfe")]
+    )
+    with pa.OSFile(str(place.path / "t.arrow"), "wb") as sink:
+        batch = pa.record_batch({"prompt": broken})
+        with pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+    result = place.job(str(place.path / "t.arrow"))
+    assert (result.images, result.rejected) == (1, 1)
+
+
+def test_many_inputs_are_one_and_the_root_is_found_without_listing(place: Place) -> None:
+    for name in ("x/a.csv", "x/b.csv", "y/c.csv"):
+        place.write(f"prompt\n{name}\n", name)
+    inputs = [str(place.path / "x/*.csv"), str(place.path / "y")]
+    source = Source(inputs)
+    assert [(row.file, row.values["prompt"]) for row in source.rows()] == [
+        (name, name) for name in ("x/a.csv", "x/b.csv", "y/c.csv")
+    ]
+    assert source.root == str(place.path) == input_root(inputs, lambda url: {})
+    for one in (str(place.path / "x"), str(place.path / "x/a.csv"), str(place.path / "x/*.csv")):
+        assert Source(one).root == input_root([one], lambda url: {}), one
+
+
+def test_the_fingerprint_sees_every_change(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("p/1.png", "p/2.png"):
+        (place.path / name).parent.mkdir(exist_ok=True)
+        (place.path / name).write_bytes(png("red"))
+    path = tar(place.path / "t.tar", {"a.png": png("red")})
+
+    def prints() -> Any:
+        return [Source(str(place.path / "p")).fingerprint(), Source(path).fingerprint()]
+
+    seen = [prints()]
+    (place.path / "p/2.png").write_bytes(png("red") + b"\0")
+    seen.append(prints())
+    with open(path, "ab") as file:
+        file.write(b"x")
+    seen.append(prints())
+    assert seen[0][0] != seen[1][0] == seen[2][0]
+    assert seen[0][1] == seen[1][1] != seen[2][1]
+
+
+@pytest.mark.slow
+def test_every_kind_of_input_is_read_from_object_storage(
+    place: Place, s3: S3, dataset: datasets.Dataset
+) -> None:
+    folder, files = place.path / "in", s3.filesystem()
+    (folder / "pics/cats").mkdir(parents=True)
+    (folder / "pics/cats/1.png").write_bytes(png("red"))
+    (folder / "t.csv").write_text("image,prompt\npics/cats/1.png,one\npics/none.png,two\n")
+    pq.write_table(pa.table({"image": [png("red")], "prompt": ["one"]}), folder / "p.parquet")
+    tar(folder / "w.tar", {"a.png": png("red"), "a.txt": "one"})
+    dataset.select([0]).flatten_indices().save_to_disk(folder / "ds")
+    url = s3.folder()
+    files.put(str(folder), url.removeprefix("s3://"), recursive=True)
+    expected = {"t.csv": (1, 1), "p.parquet": (1, 0), "w.tar": (1, 0), "ds": (1, 0), "pics": (1, 0)}
+    for name in (*expected, "pics/*/*.png"):
+        options = {"templates": {"prompt": "one"}} if name not in ("t.csv", "w.tar") else {}
+        result = place.job(
+            f"{url}/{name}", name.strip("/*.png"), task="augment", storage={"s3": s3.options()}, **options
+        )
+        assert (result.images, result.rejected) == expected.get(name, (1, 0)), name
+        assert colours(place, name.strip("/*.png")) == {"one": "r"}, name

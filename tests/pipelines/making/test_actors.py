@@ -1,0 +1,71 @@
+"""What each engine takes of a cluster, and how many there may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from diffray.model.errors import JobError
+from diffray.pipelines import JobConfig, Workers
+from diffray.pipelines.config import Between, InvalidJob
+from diffray.pipelines.making import actors
+from diffray.pipelines.making.actors import Size
+
+GPUS = {"GPU": 4.0, "CPU": 64.0}
+CPUS = {"CPU": 16.0}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda resources: monkeypatch.setattr(actors, "_resources", lambda: resources)
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "device", "taken", "engines"),
+    [
+        (GPUS, Workers(), "auto", (1.0, None), (1, 4, 4)),
+        (GPUS, Workers(gpus=0.5), "auto", (0.5, None), (1, 8, 8)),
+        (GPUS, Workers(gpus=1, cpus=4, actors=2), "auto", (1.0, 4.0), (1, 2, 2)),
+        (GPUS, Workers(actors=Between(min=2, max=50)), "auto", (1.0, None), (2, 4, 50)),
+        (GPUS, Workers(actors=Between(min=6, max=8)), "auto", (1.0, None), (6, 6, 8)),
+        (GPUS, Workers(), "cpu", (None, 8.0), (1, 8, 8)),
+        (CPUS, Workers(), "auto", (None, 8.0), (1, 2, 2)),
+        (CPUS, Workers(cpus=2), "auto", (None, 2.0), (1, 8, 8)),
+        (CPUS, Workers(gpus=1, actors=3), "auto", (1.0, None), (1, 1, 3)),
+    ],
+)
+def test_sizes(cluster: Any, resources: Any, workers: Workers, device: str, taken: Any, engines: Any) -> None:
+    cluster(resources)
+    size = Size(workers, device)
+    assert (size.options["num_gpus"], size.options["num_cpus"]) == taken
+    assert size.engines(1000) == engines
+    assert max(size.engines(1)) == 1, "never more than shards"
+
+
+def test_where_engines_may_be(cluster: Any) -> None:
+    cluster(GPUS)
+    options = Size(Workers(accelerator="H100", labels={"zone": "in(a,b)"}), "auto").options
+    assert (options["accelerator_type"], options["label_selector"]) == ("H100", {"zone": "in(a,b)"})
+    assert "accelerator_type" not in Size(Workers(), "auto").options
+
+
+def test_what_a_cluster_does_not_have_is_said_at_once_unless_it_may_come(cluster: Any) -> None:
+    cluster(CPUS)
+    with pytest.raises(JobError, match="each engine asks for 1 GPU, the cluster has 0"):
+        Size(Workers(gpus=1), "auto")
+    with pytest.raises(JobError, match="device cuda asked for"):
+        Size(Workers(), "cuda")
+    Size(Workers(gpus=1, actors=2), "auto")
+
+
+def test_a_range_of_actors_in_a_job_file() -> None:
+    def workers(actors: Any) -> Workers:
+        return JobConfig.checked({"input": "a", "output": "b", "workers": {"actors": actors}}).workers
+
+    assert (workers("2-16").least, workers("2-16").most) == (2, 16)
+    assert workers({"min": 2, "max": 16}) == workers("2-16")
+    assert (workers(5).least, workers(5).most, workers(None).most) == (1, 5, None)
+    for wrong in ("16-2", "many", 0, {"min": 2}):
+        with pytest.raises(InvalidJob, match=r"workers\.actors"):
+            workers(wrong)

@@ -1,0 +1,278 @@
+"""Guards, measures and scorers, from the job's config to columns and rejected rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffray.model.errors import JobConflict
+from diffray.model.judges.checks import measure
+from diffray.pipelines import InvalidJob, JobConfig
+from diffray.pipelines.making.scores import BUILT_IN, Examiner, columns
+
+from ..conftest import Place
+
+SCORERS = """
+import threading
+import numpy as np
+
+def red(image, request, scale=1.0):
+    return {"redness": np.float32(np.asarray(image)[..., 0].mean() * scale), "long": len(request.prompt) > 5}
+
+def odd(image, request):
+    if "fail" in request.prompt:
+        raise RuntimeError("no idea")
+    if "wrong" in request.prompt:
+        return {"oddness": "text"}
+    if "nan" in request.prompt:
+        return {"oddness": float("nan")}
+    if "vandal" in request.prompt:
+        image.paste((0, 0, 0), (0, 0, *image.size))
+    return {"oddness": 1.5}
+
+class Counter:
+    def __init__(self, start):
+        self.start, self.lock = start, threading.Lock()
+    def __call__(self, image, request):
+        assert self.lock.acquire(blocking=False)  # never asked twice at once
+        self.lock.release()
+        return {"size": self.start + image.width, "name": request.sampler}
+"""
+
+
+@pytest.fixture(autouse=True)
+def scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "own_scorers.py").write_text(SCORERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("own_scorers", None)
+
+
+def scorer(name: str, columns: dict[str, str], **more: Any) -> dict[str, Any]:
+    return {"call": f"own_scorers:{name}", "columns": columns, **more}
+
+
+def test_blocked_prompts_never_reach_the_engine(place: Place) -> None:
+    table = place.write(
+        "id,prompt,negative_prompt,seed\na,a Red  Fox,,1\nb,red foxes,,2\nc,cat,a red fox,3\n"
+    )
+    result = place.job(table, checks={"block": ["red fox"]})
+    assert (result.images, result.rejected) == (2, 1)
+    [row] = place.rows(folder="rejected")
+    assert (row["id"], row["stage"], row["field"], row["attempts"]) == ("a-0", "guard", "prompt", 0)
+    assert "'red fox'" in row["reason"]
+    assert sorted(place.begun()) == [2, 3]
+
+
+def test_a_block_list_may_be_a_file_whose_terms_are_part_of_the_job(place: Place) -> None:
+    table, terms = place.write("prompt\nx\n"), place.path / "terms.txt"
+    terms.write_text("# mine\nfox\n")
+    place.job(table, checks={"block": str(terms)})
+    place.job(table, checks={"block": ["fox"]})  # the same terms, whatever the file
+    terms.write_text("fox\ncat\n")
+    with pytest.raises(JobConflict, match=r"checks\.block"):
+        place.job(table, checks={"block": str(terms)})
+
+
+def test_a_blank_picture_is_rejected_unless_it_is_asked_for(place: Place) -> None:
+    table = place.write("prompt\nBLANK\nx\n")
+    assert place.job(table).rejected == 1
+    [row] = place.rows(folder="rejected")
+    assert (row["stage"], row["field"]) == ("check", "blank")
+    assert "#010203" in row["reason"]
+    kept = place.job(table, "kept", checks={"blank": "keep", "measures": True})
+    assert kept.rejected == 0
+    assert [row["blank"] for row in place.rows("kept")] == [True, False]
+
+
+def test_a_picture_that_is_not_finite_is_rejected_with_the_reason(place: Place) -> None:
+    place.job(place.write("prompt\nPOISON\nx\n"))
+    [row] = place.rows(folder="rejected")
+    assert (row["stage"], row["reason"]) == ("generate", "denoised latents: got non-finite values")
+
+
+def test_measures_are_columns(place: Place) -> None:
+    place.job(place.write("prompt,contrast\nx,user\ny,own\n"), checks={"measures": True})
+    for row in place.rows():
+        figures = measure(Image.open(io.BytesIO(row["image"]["bytes"])))
+        assert (row["blank"], row["brightness"], row["score_contrast"], row["sharpness"], row["phash"]) == (
+            figures.blank,
+            figures.brightness,
+            figures.contrast,
+            figures.sharpness,
+            figures.phash,
+        )
+    assert [row["contrast"] for row in place.rows()] == ["user", "own"]
+
+
+def test_without_checks_there_are_no_score_columns(place: Place) -> None:
+    place.job(place.write("prompt\nx\n"))
+    [row] = place.rows()
+    assert not set(BUILT_IN) & row.keys()
+
+
+def test_limits_reject_what_is_outside(place: Place) -> None:
+    table = place.write("prompt,n\nx,8\n")
+    place.job(table, "all", checks={"measures": True})
+    values = sorted(row["brightness"] for row in place.rows("all"))
+    result = place.job(table, checks={"measures": True, "limits": {"brightness": [values[2], values[5]]}})
+    assert (result.images, result.rejected) == (4, 4)
+    assert [row["brightness"] for row in place.rows()] == [
+        row["brightness"] for row in place.rows("all") if values[2] <= row["brightness"] <= values[5]
+    ]
+    assert {(row["stage"], row["field"]) for row in place.rows(folder="rejected")} == {
+        ("check", "brightness")
+    }
+
+
+def test_scorers_of_ones_own(place: Place) -> None:
+    checks = {
+        "scorers": [
+            scorer("red", {"redness": "float", "long": "bool"}, options={"scale": 2}),
+            scorer("Counter", {"size": "int", "name": "text"}, options={"start": 100}),
+        ]
+    }
+    place.job(place.write("prompt\nshort\nquite long\n"), checks=checks)
+    for row in place.rows():
+        pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+        assert row["redness"] == pytest.approx(2 * pixels[..., 0].mean(), rel=1e-5)
+        assert (row["size"], row["name"]) == (116, "euler")
+    assert [row["long"] for row in place.rows()] == [False, True]
+    types = pq.read_schema(place.path / "out/data/part-00000.parquet")
+    assert [str(types.field(n).type) for n in ("redness", "long", "size", "name")] == [
+        "double",
+        "bool",
+        "int64",
+        "string",
+    ]
+
+
+@pytest.mark.parametrize("on_error", ["null", "reject"])
+def test_a_scorer_that_fails_costs_at_most_its_row(place: Place, on_error: str) -> None:
+    table = place.write("id,prompt\na,fine\nb,fail\nc,wrong\nd,nan\ne,vandal\n")
+    checks = {"scorers": [scorer("odd", {"oddness": "float"}, on_error=on_error)]}
+    place.job(table, checks=checks)
+    place.job(table, "plain")
+    found = {row["row_id"]: row["oddness"] for row in place.rows()}
+    if on_error == "null":
+        assert found == {"a": 1.5, "b": None, "c": None, "d": None, "e": 1.5}
+    else:
+        assert found == {"a": 1.5, "d": None, "e": 1.5}
+        reasons = {row["row_id"]: row["reason"] for row in place.rows(folder="rejected")}
+        assert "RuntimeError: no idea" in reasons["b"]
+        assert "oddness: got str, declared is float" in reasons["c"]
+    same = {row["row_id"]: row["sha256"] for row in place.rows("plain")}
+    assert all(row["sha256"] == same[row["row_id"]] for row in place.rows())  # not even the vandal's
+
+
+def test_a_changed_scorer_is_another_job(place: Place) -> None:
+    table, checks = place.write("prompt\nx\n"), {"scorers": [scorer("odd", {"oddness": "float"})]}
+    place.job(table, checks=checks)
+    place.job(table, checks=checks)
+    path = place.path / "own_scorers.py"
+    path.write_text(SCORERS.replace("1.5", "2.5") + "\n# longer\n")
+    sys.modules.pop("own_scorers")
+    with pytest.raises(JobConflict, match="own_scorers:odd"):
+        place.job(table, checks=checks)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [("no_such_module:f", "ModuleNotFoundError"), ("own_scorers:missing", "missing")],
+)
+def test_a_scorer_that_cannot_be_imported_stops_the_job_before_it_begins(
+    place: Place, call: str, message: str
+) -> None:
+    checks = {"scorers": [{"call": call, "columns": {"x": "int"}}]}
+    with pytest.raises(InvalidJob, match=message):
+        place.job(place.write("prompt\nx\n"), checks=checks)
+    assert place.begun() == []
+
+
+@pytest.mark.parametrize(
+    ("checks", "message"),
+    [
+        ({"limits": {"sharpness": [1, 2]}}, "no number columns sharpness"),
+        ({"limits": {"phash": [1, 2]}, "measures": True}, "no number columns phash"),
+        ({"flagged": "reject"}, "needs safety"),
+        ({"block": ["..."]}, "letter or digit"),
+        ({"block": "/no/such/file"}, "cannot be read"),
+        ({"scorers": [{"call": "a:b", "columns": {"seed": "int"}}]}, "seed are there already"),
+        ({"scorers": [{"call": "a:b", "columns": {"phash": "int"}}]}, "phash are there already"),
+        ({"scorers": [{"call": "a:b", "columns": {"x": "int"}}] * 2}, "x are there already"),
+        ({"scorers": [{"call": "a.b", "columns": {"x": "int"}}]}, "pattern"),
+        ({"scorers": [{"call": "a:b", "columns": {"x": "image"}}]}, "float"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(checks: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidJob, match=message):
+        JobConfig.checked({"input": "a", "output": "b", "checks": checks})
+
+
+def test_safety_checker_and_clip_score(
+    place: Place, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.model.clip_models import save_clip, save_safety_checker
+
+    clip, strict, lax = (tmp_path_factory.mktemp(name) for name in ("clip", "strict", "lax"))
+    save_clip(clip)
+    save_safety_checker(strict, threshold=-1.0)
+    save_safety_checker(lax, threshold=1.0)
+    table = place.write("prompt\na red circle\n")
+    place.job(table, checks={"clip": str(clip), "safety": str(strict)})
+    [row] = place.rows()
+    assert row["nsfw"] is True
+    assert row["nsfw_score"] > 0
+    assert 0 <= row["clip_score"] <= 100
+    assert Image.open(io.BytesIO(row["image"]["bytes"])).getextrema() != ((0, 0),) * 3  # nothing is blackened
+    assert place.job(table, "no", checks={"safety": str(strict), "flagged": "reject"}).rejected == 1
+    assert place.job(table, "yes", checks={"safety": str(lax), "flagged": "reject"}).images == 1
+    save_safety_checker(lax, threshold=0.9)
+    with pytest.raises(JobConflict, match=str(lax)):
+        place.job(table, "yes", checks={"safety": str(lax), "flagged": "reject"})
+
+
+def test_near_duplicates_of_the_whole_dataset(place: Place) -> None:
+    table = place.write("id,prompt,seed\na,x,1\nb,x,2\nc,x,1\nd,x,3\ne,x,1\n")
+    place.job(table, checks={"near_duplicates": 2})
+    found = pq.read_table(place.path / "out/duplicates.parquet").to_pylist()
+    assert found == [
+        {"id": "c-0", "duplicate_of": "a-0", "distance": 0},
+        {"id": "e-0", "duplicate_of": "a-0", "distance": 0},
+    ]
+    assert json.loads((place.path / "out/report.json").read_text())["near_duplicates"] == 2
+    assert all("phash" in row and "brightness" not in row for row in place.rows())
+
+
+def test_column_types_are_known_before_any_picture() -> None:
+    config = JobConfig.checked(
+        {
+            "input": "a",
+            "output": "b",
+            "checks": {"measures": True, "scorers": [scorer("odd", {"o": "float"})]},
+        }
+    )
+    assert list(columns(config.checks)) == ["blank", "brightness", "contrast", "sharpness", "phash", "o"]
+
+
+def test_checks_are_quick() -> None:
+    config = JobConfig.checked({"input": "a", "output": "b", "checks": {"measures": True}})
+    examiner, noise = Examiner(config.checks), np.random.default_rng(0).integers(0, 255, (512, 512, 3))
+    image = Image.fromarray(noise.astype(np.uint8))
+    from diffray.model import ImageRequest
+
+    examiner.examine(image, ImageRequest())
+    began = time.process_time()
+    for _ in range(5):
+        examiner.examine(image, ImageRequest())
+    assert (time.process_time() - began) / 5 < 0.2

@@ -1,0 +1,86 @@
+"""Hanging is noticed, working is not taken for it, and a row that hangs costs one row."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffray.pipelines.making import watchdog
+from diffray.pipelines.making.watchdog import Hanging, Watchdog
+
+from ..conftest import Place, restarting
+
+FOLDER = Path(watchdog.__file__).parent
+
+
+def test_work_that_moves_is_left_alone_and_work_that_stands_still_is_not() -> None:
+    moved = 0
+
+    async def slow() -> str:
+        nonlocal moved
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            moved += 1
+        return "done"
+
+    dog = Watchdog(0.3, lambda: moved)
+    assert asyncio.run(dog.watch(slow())) == "done"
+    time.sleep(0.4)  # idle time is not hanging time
+    assert asyncio.run(dog.watch(slow())) == "done"
+    began = time.monotonic()
+    with pytest.raises(Hanging, match=r"no step or image was finished in 0\.3 s"):
+        asyncio.run(dog.watch(asyncio.sleep(60)))
+    assert time.monotonic() - began < 3
+
+
+def test_errors_and_cancelling_pass_through() -> None:
+    async def fails() -> None:
+        raise KeyError("x")
+
+    async def cancelled() -> bool:
+        inner = asyncio.ensure_future(asyncio.sleep(60))
+        watching = asyncio.ensure_future(Watchdog(9, lambda: 0).watch(inner))
+        await asyncio.sleep(0.05)
+        watching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watching
+        await asyncio.sleep(0)
+        return inner.cancelled()
+
+    with pytest.raises(KeyError):
+        asyncio.run(Watchdog(9, lambda: 0).watch(fails()))
+    assert asyncio.run(cancelled())
+
+
+def test_a_process_that_hangs_with_the_lock_in_its_hand_is_ended_with_a_traceback() -> None:
+    code = (
+        f"import asyncio, sys, time; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "from watchdog import Watchdog\n"
+        "async def native():\n"
+        "    time.sleep(60)\n"
+        "watchdog = Watchdog(0.2, lambda: 0)\n"
+        "watchdog.last_resort = True\n"
+        "asyncio.run(watchdog.watch(native()))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert ended.returncode == 1
+    assert "in native" in ended.stderr
+
+
+def test_a_row_that_hangs_is_rejected_and_its_neighbours_are_not(place: Place) -> None:
+    good = "prompt\n" + "".join(f"p{i}\n" for i in range(5))
+    place.job(place.write(good, "good.csv"), "good")
+    config = place.config(place.write(good + "HANG\n"), shards={"images": 4}, workers={"patience": 0.4})
+    result = place.run(config, generate=restarting)
+    assert (result.images, result.rejected) == (5, 1)
+    [row] = place.rows(folder="rejected")
+    assert (row["prompt"], row["attempts"]) == ("HANG", 3)
+    assert "hangs: no step or image was finished in 0.4 s" in row["reason"]
+    assert {r["id"]: r["sha256"] for r in place.rows()} == {r["id"]: r["sha256"] for r in place.rows("good")}

@@ -1,0 +1,167 @@
+"""One driver at a time: who owns an output, who is dead, and what a driver that was taken over may still do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from diffray.model.errors import JobConflict, StorageError
+from diffray.pipelines import JobConfig, Store, job_status
+from diffray.pipelines.making.models import Models
+from diffray.pipelines.making.worker import Share
+from diffray.pipelines.outputs import lock
+from diffray.pipelines.outputs.lock import Lock
+
+from ..conftest import Place, in_process
+
+TABLE = "prompt\np\nq\n"
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "LEASE", 1.5)
+
+
+def elsewhere(**values: object) -> bytes:
+    return json.dumps({"host": "elsewhere", "pid": 7, "since": "then", **values}).encode()
+
+
+def test_a_second_driver_is_told_who_owns_the_output(place: Place) -> None:
+    table, seen = place.write(TABLE), []
+
+    def meanwhile(
+        config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
+    ) -> Iterator[tuple[int, int]]:
+        with pytest.raises(JobConflict, match=f"process {os.getpid()} on {socket.gethostname()}"):
+            place.job(table)
+        seen.append(job_status(config.output).phase)
+        yield from in_process(config, number, store, models, shares)
+
+    place.run(place.config(table), generate=meanwhile)
+    assert seen == ["running"]
+    assert job_status(str(place.path / "out")).phase == "complete"
+
+
+def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(place: Place) -> None:
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "since": "then"}
+    Store(str(place.path / "out")).write("_diffray/locks/00001.json", json.dumps(dead).encode())
+    began = time.monotonic()
+    assert place.job(place.write(TABLE)).images == 2
+    assert time.monotonic() - began < lock.LEASE
+
+
+def test_a_silent_owner_elsewhere_is_taken_over_and_a_living_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(str(tmp_path))
+    store.write("_diffray/locks/00001.json", elsewhere())
+    Lock.acquire(store).release()
+    assert "process 7 on elsewhere since then may be at work" in caplog.text
+    store.write("_diffray/locks/00003.json", elsewhere())
+    stop = threading.Event()
+
+    def live() -> None:
+        beat = 0
+        while not stop.wait(0.3):
+            beat += 1
+            store.write("_diffray/locks/00003.json", elsewhere(beat=beat))
+
+    living = threading.Thread(target=live)
+    living.start()
+    try:
+        with pytest.raises(JobConflict, match="process 7 on elsewhere since then; it shows signs of life"):
+            Lock.acquire(store)
+        Lock.acquire(store, take_over=True).release()
+    finally:
+        stop.set()
+        living.join()
+
+
+def test_a_record_that_is_just_being_rewritten_is_a_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some storages show neither the old nor the new object for a moment."""
+    store = Store(str(tmp_path))
+    store.write("_diffray/locks/00001.json", elsewhere())
+    read, reads = Store.read, []
+
+    def gone_for_a_moment(self: Store, name: str) -> bytes:
+        reads.append(name)
+        if len(reads) == 5:
+            raise FileNotFoundError(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "read", gone_for_a_moment)
+    with pytest.raises(JobConflict, match="on elsewhere since then; it shows signs of life"):
+        Lock.acquire(store)
+
+
+def test_of_many_drivers_at_once_one_wins(tmp_path: Path) -> None:
+    won, lost = [], []
+
+    def attempt() -> None:
+        try:
+            won.append(Lock.acquire(Store(str(tmp_path)), take_over=True))
+        except JobConflict as error:
+            lost.append(str(error))
+
+    threads = [threading.Thread(target=attempt) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = [one.run for one in won]
+    assert len(set(numbers)) == len(numbers)
+    assert len(won) + len(lost) == 8
+    for one in won:
+        one.release()
+
+
+def test_a_driver_that_was_taken_over_commits_nothing(place: Place) -> None:
+    def overtaken(
+        config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
+    ) -> Iterator[tuple[int, int]]:
+        Lock.acquire(store, take_over=True)
+        yield from in_process(config, number, store, models, shares)
+
+    with pytest.raises(JobConflict, match="run 1 of the job was taken over by run 2"):
+        place.run(place.config(place.write(TABLE)), generate=overtaken)
+    assert not list((place.path / "out/_diffray/commits").glob("*"))
+
+
+class Careless(Store):
+    """A storage that takes `If-None-Match` and does not honour it."""
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        self.write(name, data)
+        return True
+
+
+def test_a_storage_without_conditional_puts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="ignores If-None-Match"):
+        Lock.acquire(Careless(str(tmp_path)))
+
+
+def test_the_error_that_ends_a_job_is_not_hidden_by_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+
+    def full(*_: object) -> None:
+        raise StorageError("disk full")
+
+    def work() -> None:
+        with Lock.acquire(store):
+            monkeypatch.setattr(Store, "write", full)
+            raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        work()

@@ -1,0 +1,324 @@
+"""Every task from rows to data on the fake engine, which repaints where the mask is white."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffray.pipelines import InvalidJob, retry_rejected
+from diffray.pipelines.planning.rows import derived_seed
+
+from ..conftest import Place, in_process
+from ..fake import FakeModels
+
+
+def flat(colour: str = "red", size: tuple[int, int] = (32, 24)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def data(image: Image.Image, format: str = "PNG") -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, format)
+    return sink.getvalue()
+
+
+def halves(left: Any, right: Any, mode: str = "L", size: tuple[int, int] = (32, 24)) -> Image.Image:
+    image = Image.new(mode, size, right)
+    image.paste(left, (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def save(place: Place, image: Image.Image, name: str) -> None:
+    path = place.path / "in" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def pixels(row: dict[str, Any]) -> Any:
+    return np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+
+
+def test_augment_makes_variants_and_carries_the_labels(place: Place) -> None:
+    save(place, flat("red"), "a.png")
+    save(place, flat("blue"), "b/b.png")
+    rows = [
+        {"id": "a", "init_image": "a.png", "label": "car", "boxes": [[1, 2, 3, 4]], "strength": 0.4},
+        {"id": "b", "init_image": "b/b.png", "label": "bus", "boxes": []},
+    ]
+    table = place.write("\n".join(map(json.dumps, rows)), "in/rows.jsonl")
+    result = place.job(
+        table,
+        task="augment",
+        images_per_prompt=2,
+        templates={"prompt": "a photo of a {label}, {{sunny}} {weather}"},
+        sweep={"weather": ["rain", "snow"]},
+        defaults={"strength": 0.7},
+    )
+    assert (result.images, result.rejected) == (8, 0)
+    made = place.rows()
+    assert {(r["row_id"], r["weather"], r["index"]) for r in made} == {
+        (i, w, k) for i in "ab" for w in ("rain", "snow") for k in (0, 1)
+    }
+    for row in made:
+        assert row["prompt"] == f"a photo of a {row['label']}, {{sunny}} {row['weather']}"
+        assert row["boxes"] == ([[1, 2, 3, 4]] if row["row_id"] == "a" else [])
+        assert row["strength"] == (0.4 if row["row_id"] == "a" else 0.7)
+        assert row["id"] == f"{row['row_id']}-{row['variant']}-{row['index']}"
+        assert row["seed"] == derived_seed(0, row["id"])
+        assert (row["width"], row["height"]) == (32, 24)
+        assert pixels(row)[..., 0 if row["row_id"] == "a" else 2].min() >= 127
+    assert {r["init_image"] for r in made} == {"a.png", "b/b.png"}
+
+
+def test_variants_keep_ids_and_seeds_when_rows_and_values_are_added(place: Place) -> None:
+    rows = [{"prompt": "x"}, {"prompt": "y"}]
+    sweep = {"steps": {"from": 2, "to": 6, "step": 2}, "sampler": ["euler", "heun"]}
+    place.job(place.write("\n".join(map(json.dumps, rows)), "a.jsonl"), "one", sweep=sweep)
+    grown = place.write("\n".join(map(json.dumps, [{"prompt": "w"}, *rows[::-1]])), "b.jsonl")
+    place.job(grown, "two", sweep={"sampler": ["heun", "ddim", "euler"], "steps": [8, 6, 4, 2]})
+    one, two = ({r["id"]: (r["seed"], r["sha256"]) for r in place.rows(name)} for name in ("one", "two"))
+    assert len(one) == 12
+    assert len(two) == 36
+    assert {name: two[name] for name in one} == one
+    steps = {r["steps"] for r in place.rows("one")}
+    assert steps == {2, 4, 6}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"columns": {"promt": "x"}}, "columns.promt: no such field of task generate"),
+        ({"templates": {"steps": "{a}"}}, "templates.steps: no such field"),
+        ({"templates": {"prompt": "{a.b}"}}, "allowed is the name of a column"),
+        ({"templates": {"prompt": "{a"}}, "templates.prompt"),
+        ({"templates": {"prompt": "{none}"}}, "no column 'none'"),
+        ({"sweep": {"weather": ["a"]}}, "sweep.weather: neither a field"),
+        ({"sweep": {"steps": []}}, "at least one value"),
+        ({"sweep": {"steps": [1, 1]}}, "each once"),
+        ({"sweep": {"steps": {"from": 1, "to": 20_000, "step": 1}}}, "20000 combinations"),
+        ({"sweep": {"model": ["a"]}}, "sweep.model"),
+        ({"defaults": {"left": 8}}, "defaults.left: no such field of task generate"),
+        ({"defaults": {"steps": 0}}, "defaults: steps"),
+        ({"task": "edit"}, "sd1 text, needed is edit"),
+        ({"task": "augment"}, "no column 'init_image' or 'image' or 'file_name'; it has prompt"),
+        ({"task": "encode", "encoding": {"layout": "files"}}, "encode writes latents into Parquet"),
+    ],
+)
+def test_a_job_that_contradicts_itself_starts_nothing(
+    place: Place, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidJob, match=message):
+        place.job(place.write("prompt\nx\n"), **values)
+    assert not place.begun()
+
+
+def test_a_template_without_its_value_rejects_that_row_only(place: Place) -> None:
+    rows = [{"label": "car"}, {"label": None}, {"label": {"a": 1}}, {"label": 3.0}]
+    table = place.write("\n".join(map(json.dumps, rows)), "r.jsonl")
+    place.job(table, templates={"prompt": "a {label}"})
+    assert [row["prompt"] for row in place.rows()] == ["a car", "a 3"]
+    assert [(r["field"], r["line"]) for r in place.rows(folder="rejected")] == [("prompt", 2), ("prompt", 3)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "kept"),
+    [
+        (halves(255, 0), {}, "right"),
+        (halves(255, 0), {"mask_invert": True}, "left"),
+        (halves(7, 3), {"mask_values": [7]}, "right"),
+        (halves(7, 3), {"mask_values": [7], "mask_invert": True}, "left"),
+        (halves(600, 40000, "I;16"), {}, "left"),
+        (halves(600, 2, "I;16"), {"mask_values": [2]}, "left"),
+        (halves((255, 255, 255, 255), (255, 255, 255, 0), "RGBA"), {}, "right"),
+        (halves(255, 0, size=(64, 48)), {}, "right"),
+    ],
+)
+def test_inpaint_repaints_one_side_and_keeps_the_other(
+    place: Place, mask: Image.Image, options: dict[str, Any], kept: str
+) -> None:
+    save(place, flat("red"), "a.png")
+    save(place, mask, "a.mask.png")
+    table = place.write("init_image,mask,prompt,label\na.png,a.mask.png,x,7\n", "in/t.csv")
+    assert place.job(table, task="inpaint", defaults=options).images == 1
+    [row] = place.rows()
+    left, right = np.hsplit(pixels(row), 2)
+    same, other = (left, right) if kept == "left" else (right, left)
+    assert (same == (255, 0, 0)).all()
+    assert not (other == (255, 0, 0)).all()
+    assert (row["paste_back"], row["label"], row["mask_invert"]) == (True, "7", options.get("mask_invert"))
+
+
+def test_a_palette_mask_is_read_by_class_or_by_brightness(place: Place) -> None:
+    mask = halves(1, 2, "P")
+    mask.putpalette([0, 0, 0, 255, 255, 255, 10, 10, 10])
+    save(place, flat(), "a.png")
+    save(place, mask, "m.png")
+    table = place.write("init_image,mask,prompt\na.png,m.png,x\n", "in/t.csv")
+    place.job(table, "bright", task="inpaint")
+    place.job(table, "class", task="inpaint", defaults={"mask_values": "2"})
+    for output, side in (("bright", 1), ("class", 0)):
+        assert (np.hsplit(pixels(place.rows(output)[0]), 2)[side] == (255, 0, 0)).all(), output
+
+
+def test_a_mask_of_another_shape_is_rejected(place: Place) -> None:
+    save(place, flat(), "a.png")
+    save(place, halves(255, 0, size=(32, 32)), "m.png")
+    place.job(place.write("init_image,mask,prompt\na.png,m.png,x\n", "in/t.csv"), task="inpaint")
+    [row] = place.rows(folder="rejected")
+    assert (row["stage"], row["field"]) == ("source", "mask")
+    assert "another shape" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("values", "at", "size"),
+    [
+        ({"left": 8, "top": 16}, (8, 16), (40, 40)),
+        ({"right": 3}, (0, 0), (40, 24)),
+        ({"width": 64, "height": 48}, (16, 12), (64, 48)),
+    ],
+)
+def test_outpaint_keeps_the_picture_where_it_is_put(
+    place: Place, values: dict[str, int], at: tuple[int, int], size: tuple[int, int]
+) -> None:
+    save(place, flat("red"), "a.png")
+    table = place.write("image\na.png\n", "in/t.csv")
+    assert place.job(table, task="outpaint", defaults=values).images == 1
+    [row] = place.rows()
+    image = pixels(row)
+    assert image.shape == (size[1], size[0], 3)
+    inside = np.zeros(image.shape[:2], bool)
+    inside[at[1] : at[1] + 24, at[0] : at[0] + 32] = True
+    assert (image[inside] == (255, 0, 0)).all()
+    assert not (image[~inside] == (255, 0, 0)).all(-1).any()
+    assert (row["width"], row["height"]) == size
+
+
+def test_outpaint_that_adds_nothing_and_bad_sides_are_rejected(place: Place) -> None:
+    save(place, flat(), "a.png")
+    table = place.write("image,left,width\na.png,,\na.png,-1,\na.png,x,\na.png,,8\na.png,8,\n", "in/t.csv")
+    result = place.job(table, task="outpaint")
+    assert (result.images, result.rejected) == (1, 4)
+    assert [r["field"] for r in place.rows(folder="rejected")] == ["left", "left", "left", "width"]
+
+
+def test_upscale_doubles_unless_told_otherwise(place: Place) -> None:
+    save(place, flat(), "a.png")
+    table = place.write("image,scale\na.png,\na.png,3\na.png,9\n", "in/t.csv")
+    result = place.job(table, task="upscale")
+    assert (result.images, result.rejected) == (2, 1)
+    assert [(r["width"], r["height"], r["strength"]) for r in place.rows()] == [
+        (64, 48, 0.35),
+        (96, 72, 0.35),
+    ]
+
+
+def test_encode_and_decode_are_each_others_inverse(place: Place) -> None:
+    save(place, halves("red", "blue", "RGB"), "a.png")
+    table = place.write("image,label\na.png,7\n", "in/t.csv")
+    place.job(table, "latents", task="encode", encoding={"latents": "float32"})
+    [row] = place.rows("latents")
+    array = np.frombuffer(row["latents"], row["latents_dtype"]).reshape(row["latents_shape"])
+    assert array.shape == (4, 3, 4)
+    assert array[:, 0, 0].tolist() == [1, 0, 0, 0]
+    assert (row["label"], row["latents_scale"], "image" in row) == ("7", 1.0, False)
+    place.job(str(place.path / "latents/data"), "back", task="decode")
+    [back] = place.rows("back")
+    assert (pixels(back) == np.asarray(halves("red", "blue", "RGB"))).all()
+    assert (back["row_id"], back["label"]) == (row["id"], "7")
+
+
+def test_latents_that_are_none_are_rejected(place: Place) -> None:
+    good = (np.arange(16) / 16).astype(np.float16).reshape(4, 2, 2)
+    sink = io.BytesIO()
+    np.save(sink, good)
+    table = pa.table(
+        {
+            "latents": [good.tobytes(), good.tobytes(), good.tobytes()[:-1], sink.getvalue(), None, b""],
+            "latents_shape": [[4, 2, 2], None, [4, 2, 2], None, [4, 2, 2], [4, 2, 2]],
+            "latents_dtype": ["float16", "float16", "float16", None, "float16", "object"],
+        }
+    )
+    pq.write_table(table, place.path / "l.parquet")
+    result = place.job(str(place.path / "l.parquet"), task="decode")
+    assert (result.images, result.rejected) == (2, 4)
+    assert {(r["stage"], r["field"]) for r in place.rows(folder="rejected")} == {("source", "latents")}
+
+
+def test_several_models_each_make_their_own_rows(place: Place) -> None:
+    models = {name: {"options": {"log": str(place.log), "weights": name}} for name in ("one", "two")}
+    rows = [{"id": f"r{i}", "prompt": "x", "model": "two" if i % 3 == 0 else None} for i in range(8)]
+    rows.append({"id": "bad", "prompt": "x", "model": "three"})
+    table = place.write("\n".join(map(json.dumps, rows)), "r.jsonl")
+    result = place.job(table, model={}, models=models)
+    assert (result.images, result.rejected) == (8, 1)
+    found = {r["row_id"]: (r["model"], r["model_checksum"]) for r in place.rows()}
+    assert found == {f"r{i}": (("two", "two") if i % 3 == 0 else ("one", "one")) for i in range(8)}
+    for part in (place.path / "out/data").glob("*.parquet"):
+        assert len(set(pq.read_table(part)["model"].to_pylist())) == 1
+    [row] = place.rows(folder="rejected")
+    assert (row["field"], "one, two" in row["reason"]) == ("model", True)
+
+
+def test_a_sweep_over_models_repeats_every_row(place: Place) -> None:
+    models = {name: {"options": {"weights": name}} for name in ("one", "two")}
+    table = place.write("prompt\nx\ny\n")
+    assert place.job(table, model={}, models=models, sweep={"model": ["one", "two"]}).images == 4
+    assert sorted((r["model"], r["prompt"]) for r in place.rows()) == [
+        ("one", "x"),
+        ("one", "y"),
+        ("two", "x"),
+        ("two", "y"),
+    ]
+
+
+def test_the_pictures_of_a_dataset_are_the_next_ones_source(place: Place) -> None:
+    place.job(place.write("prompt,seed,label\na red thing,5,L\nPOISON,1,M\n"), "first")
+    place.job(str(place.path / "first/data"), "second", task="augment", images_per_prompt=2)
+    [first], second = place.rows("first"), place.rows("second")
+    assert [r["row_id"] for r in second] == [first["id"]] * 2
+    assert [r["prompt"] for r in second] == ["a red thing"] * 2
+    assert [r["seed"] for r in second] == [derived_seed(0, r["id"]) for r in second]
+    assert second[0]["input_seed"] == 5
+    assert second[0]["input_sha256"] == first["sha256"]
+    assert second[0]["label"] == "L"
+    place.job(str(place.path / "second/data"), "third", task="upscale")
+    assert [r["row_id"] for r in place.rows("third")] == [r["id"] for r in second]
+
+
+def test_rejected_rows_with_pictures_can_be_fed_back(place: Place) -> None:
+    save(place, flat(), "a.png")
+    table = place.write("image,prompt,label\na.png,POISON,x\n", "in/t.csv")
+    options = {"task": "augment", "sweep": {"strength": [0.3, 0.6]}}
+    place.job(table, "one", **options)
+    again = {**options, "pictures": {"root": str(place.path / "in")}}
+    place.job(str(place.path / "one/rejected"), "two", **again)
+    one, two = place.rows("one", "rejected"), place.rows("two", "rejected")
+    keys = ("id", "variant", "seed", "strength", "init_image", "reason", "label")
+    assert len(one) == 2
+    assert [[r[k] for k in keys] for r in two] == [[r[k] for k in keys] for r in one]
+
+
+def test_limit_takes_the_first_rows(place: Place, tmp_path: Path) -> None:
+    table = place.write("prompt\na\nb\nc\n")
+    assert place.job(table, limit=2).images == 2
+    assert [row["prompt"] for row in place.rows()] == ["a", "b"]
+
+
+def test_rejected_rows_are_run_again_with_their_pictures(place: Place) -> None:
+    """The job command alone knows its input; running rejected rows again knows it from the plan."""
+    table = place.write("image,prompt\na.png,x\nb.png,y\n", "in/t.csv")
+    save(place, flat(), "b.png")
+    config = place.config(table, task="augment", sweep={"strength": {"from": 0.5, "to": 1, "step": 0.5}})
+    assert place.run(config).rejected == 2
+    save(place, flat("blue"), "a.png")
+    result = retry_rejected(config.output, models=FakeModels(), generate=in_process)
+    assert (result.images, result.rejected) == (4, 0)
+    assert sum(row["init_image"] == "a.png" for row in place.rows()) == 2

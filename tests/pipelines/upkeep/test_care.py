@@ -1,0 +1,289 @@
+"""Verify, repair, retry, collect: a dataset is proven, mended and cleaned without losing or doubling an image."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffray.model.errors import JobConflict, JobError
+from diffray.pipelines import Store, collect, job_status, repair, retry_rejected, verify
+from diffray.pipelines.upkeep import care as upkeep
+
+from .. import fake
+from ..conftest import Place, in_process, restarting
+from ..crashes import Crash, CrashingStore, in_turn
+
+TABLE = "prompt,n,width,label\n" + "p,2,,a\n" + "POISON,1,,b\n" + "bad,1,x,c\n" + "q,3,,d\n"
+LAYOUTS = ["parquet", "files", "webdataset"]
+
+
+def made(place: Place, name: str = "out", layout: str = "parquet", table: str = TABLE) -> Store:
+    place.write(table)
+    resume(place, name, layout)
+    return Store(str(place.path / name))
+
+
+def resume(place: Place, name: str = "out", layout: str = "parquet") -> None:
+    pages = {"contact_sheet": 0, "gallery": 0}  # they take longer than all the rest
+    place.job(str(place.path / "prompts.csv"), name, encoding={"layout": layout}, **pages)
+
+
+def again(place: Place, name: str = "out", **arguments: object) -> tuple[int, int, int]:
+    """Rejected rows once more, on an engine that is not poisoned any more."""
+    arguments = {"models": fake.FakeModels(), "generate": in_process, **arguments}
+    result = retry_rejected(str(place.path / name), **arguments)  # type: ignore[arg-type]
+    return result.images, result.rejected, result.made
+
+
+@pytest.fixture
+def cure(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Take away what is wrong with POISON."""
+    return lambda: monkeypatch.setattr(fake.FakeEngine, "poisonous", False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_whole_dataset_is_proven(place: Place, layout: str) -> None:
+    found = verify(made(place, layout=layout))
+    assert (found.images, found.rejected, found.shards, found.faults) == (5, 2, 3, ())
+    assert found.files >= 5
+
+
+def test_latents_are_proven(place: Place) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 48), "red").save(place.path / "a.png")
+    place.job(place.write("image\na.png\n"), task="encode")
+    found = verify(Store(str(place.path / "out")))
+    assert (found.images, found.faults) == (1, ())
+
+
+def damages(out: Path, layout: str) -> list[Path]:
+    """Every file that a commit record names."""
+    records = sorted((out / "_diffray/commits").glob("*.json"))
+    return [out / file["path"] for r in records for file in json.loads(r.read_text())["files"]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        *((layout, "flip") for layout in LAYOUTS),
+        ("parquet", "cut"),
+        ("files", "remove"),
+        *(
+            pytest.param(layout, how, marks=pytest.mark.slow)
+            for layout, how in [
+                ("files", "cut"),
+                ("webdataset", "cut"),
+                ("parquet", "remove"),
+                ("webdataset", "remove"),
+            ]
+        ),
+    ],
+)
+def test_each_damaged_file_is_found_and_repaired_to_the_byte(place: Place, layout: str, how: str) -> None:
+    store = made(place, layout=layout)
+    out, clean = place.path / "out", place.bytes()
+    for victim in damages(out, layout)[:: 3 if layout == "files" else 1]:
+        whole = victim.read_bytes()
+        if how == "remove":
+            victim.unlink()
+        elif how == "cut":
+            victim.write_bytes(whole[:-7])
+        else:
+            victim.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+        found = verify(store)
+        assert [str(out / f.path) for f in found.faults] == [str(victim)]
+        assert repair(store).damaged == found.damaged
+        assert job_status(str(out)).phase == "stopped"
+        resume(place, layout=layout)
+        assert place.bytes() == clean
+        assert verify(store).faults == ()
+
+
+def test_a_changed_record_is_found(place: Place) -> None:
+    store = made(place)
+    path = place.path / "out/_diffray/commits/00000.json"
+    record = json.loads(path.read_text())
+    ids = list(record["image_sha256"])
+    for change in (
+        {"images": record["images"] + 1},
+        {"image_sha256": {**record["image_sha256"], ids[0]: "0" * 64}},
+        {"image_sha256": {**record["image_sha256"], "other-0": "0" * 64}},
+        {"reasons": {**record["reasons"], ids[0]: "both"}},
+        {"files": []},
+    ):
+        path.write_text(json.dumps({**record, **change}))
+        assert verify(store).damaged == [0], change
+    path.write_text(json.dumps(record)[:100])
+    assert str(verify(store).faults[0]).startswith("_diffray/commits/00000.json: damaged: ")
+    clean = place.bytes()
+    repair(store)
+    resume(place)
+    assert place.bytes() == clean
+    assert verify(store).faults == ()
+
+
+def test_an_image_that_ended_twice_is_found(place: Place) -> None:
+    store = made(place)
+    plan = place.path / "out/_diffray/plan"
+    shutil.copy(plan / "shard-00000.parquet", plan / "shard-00002.parquet")
+    record = json.loads((place.path / "out/_diffray/commits/00000.json").read_text())
+    (place.path / "out/_diffray/commits/00002.json").write_text(json.dumps({**record, "shard": 2}))
+    assert any("ended in another one as well" in fault.what for fault in verify(store).faults)
+
+
+def test_an_unfinished_job_is_proven_as_far_as_it_is(place: Place) -> None:
+    config = place.config(place.write(TABLE), shards={"images": 2})
+    with pytest.raises(Crash):
+        place.run(config, store=CrashingStore(config.output, 40, False), generate=in_turn)
+    found = verify(Store(config.output))
+    assert found.faults == ()
+    assert 0 < found.shards < 4
+
+
+# Rejected rows again ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rejected_rows_that_succeed_become_images(
+    place: Place, layout: str, cure: Callable[[], None]
+) -> None:
+    store = made(place, layout=layout)
+    cure()
+    begun = Counter(place.begun())
+    assert again(place) == (6, 1, 1)
+    assert verify(store).faults == ()
+    assert not list((place.path / "out/rejected").glob("part-00000*"))
+    [row] = place.rows(folder="rejected")
+    assert (row["prompt"], row["field"]) == ("bad", "width")
+    old = place.rows(folder="_diffray/history/rejected")
+    assert {r["prompt"] for r in old} == {"POISON", "bad"}
+    assert sum((Counter(place.begun()) - begun).values()) == 1, "only the rejected row was made"
+    totals = json.loads((place.path / "out/_diffray/SUCCESS.json").read_text())
+    assert (totals["planned"], totals["images"], totals["rejected"]) == (7, 6, 1)
+    assert (job_status(store.url).phase, job_status(store.url).plans) == ("complete", 2)
+    resume(place, layout=layout)  # the job's own command has nothing to do
+    assert again(place) == (6, 1, 1)
+    assert verify(store).faults == ()
+
+
+def test_rows_that_fail_again_are_counted_once(place: Place) -> None:
+    store = made(place)
+    for _ in range(2):
+        assert again(place) == (5, 2, 1)
+        assert len(place.rows(folder="rejected")) == 2
+        assert verify(store).faults == ()
+    place.write(TABLE + "POISON too,1,,e\nr,1,,f\n")
+    resume(place)
+    assert (job_status(store.url).images, job_status(store.url).rejected) == (6, 3)
+    assert again(place) == (6, 3, 1)
+    assert verify(store).faults == ()
+
+
+def test_nothing_rejected_is_nothing_to_do(place: Place) -> None:
+    store = made(place, table="prompt\np\n")
+    before = place.bytes()
+    assert again(place) == (1, 0, 0)
+    assert place.bytes() == before
+    assert job_status(store.url).plans == 1
+
+
+def test_an_unfinished_job_is_finished_first(place: Place) -> None:
+    config = place.config(place.write(TABLE), shards={"images": 2})
+    with pytest.raises(Crash):
+        place.run(config, store=CrashingStore(config.output, 40, False), generate=in_turn)
+    with pytest.raises(JobError, match="run the job's own command first"):
+        again(place, take_over=True)
+
+
+def test_another_model_is_refused(place: Place) -> None:
+    made(place)
+
+    class Other(fake.FakeModels):
+        def checksum(self, options: object) -> str:
+            return "w1"
+
+    with pytest.raises(JobConflict, match="checksum"):
+        again(place, models=Other())
+
+
+def test_a_damaged_shard_whose_rejected_rows_ran_again_is_repaired_without_doubling(
+    place: Place, cure: Callable[[], None]
+) -> None:
+    store = made(place)
+    cure()
+    assert again(place)[:2] == (6, 1)
+    clean = place.bytes()
+    for victim in ("data/part-00000.parquet", "_diffray/commits/00000.json"):
+        (place.path / "out" / victim).write_bytes(b"ruin")
+        assert repair(store).damaged == [0]
+        resume(place)
+        assert place.bytes() == clean
+        assert verify(store).faults == ()
+
+
+def test_a_worker_that_broke_on_a_row_gets_another_chance(place: Place) -> None:
+    table = place.write("prompt\np\nBREAK\n")
+    place.run(place.config(table), generate=restarting)
+    store = Store(str(place.path / "out"))
+    assert job_status(store.url).rejected == 1
+    assert again(place, generate=restarting) == (1, 1, 1)
+    [row] = place.rows(folder="rejected")
+    assert row["attempts"] == 3
+
+
+# Leftovers -------------------------------------------------------------------------------------------------
+
+
+def test_leftovers_of_crashes_go_and_nothing_else(place: Place) -> None:
+    store = made(place, layout="files")
+    out = place.path / "out"
+    orphans = [
+        "data/part-00009.parquet",
+        "data/images/part-00000/00077-x.png",
+        "rejected/part-00007.parquet",
+        "_diffray/tmp/0123",
+        "_diffray/plan/shard-00003.parquet",
+    ]
+    foreign = [
+        "data/notes.txt",
+        "data/images/part-00000/holiday.png",
+        "rejected/part-1.parquet",
+        "thesis.doc",
+    ]
+    for name in [*orphans, *foreign]:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"x")
+    before = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and "locks" not in p.parts}
+    assert collect(store, 3600).files == ()
+    for name in [*orphans, *foreign]:
+        os.utime(out / name, (time.time() - 7200,) * 2)
+    assert sorted(collect(store, 3600, dry_run=True).files) == sorted(orphans)
+    assert sorted(collect(store, 3600).files) == sorted(orphans)
+    after = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and "locks" not in p.parts}
+    assert before - after == set(orphans)
+    assert verify(store).faults == ()
+
+
+def test_an_output_at_work_is_left_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffray.pipelines.outputs import lock
+
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    store = made(place)
+    with lock.Lock.acquire(store):
+        for call in (lambda: collect(store, 0), lambda: repair(store), lambda: again(place)):
+            with pytest.raises(JobConflict, match="being worked on"):
+                call()
+
+
+def test_an_output_without_a_job_is_told(tmp_path: Path) -> None:
+    for call in (verify, repair, lambda store: collect(store, 0), upkeep.planned_job):
+        with pytest.raises(JobError, match="no planned diffray job"):
+            call(Store(str(tmp_path)))
