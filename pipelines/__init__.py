@@ -7,11 +7,11 @@
 Read `job.py` first.
 """
 
+from . import arrival  # noqa: F401  first of all, it takes the time
 from .checks import Checks, Scorer
 from .config import Between, Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
 from .inputs.values import request_from
 from .job import JobResult, run
-from .making import arrival  # noqa: F401  first of all, it takes the time
 from .making.models import Models, OpenModel
 from .making.pools import Pulse
 from .outputs.store import Store

@@ -1,9 +1,9 @@
 """A batch job: plan -> generate -> commit -> report. The file to read first.
 
-    plan      the input becomes numbered shards of image requests, written once          plan.py, rows.py
-    generate  engine actors make the shards that are not committed yet         actors.py, board.py, worker.py
-    commit    each shard's files, then its record, which makes it final                  commit.py
-    report    totals proven, contact sheet, dataset card, success mark                   report.py
+    plan      the input becomes numbered shards of image requests, written once    inputs/, planning/
+    generate  engine actors make the shards that are not committed yet             making/
+    commit    each shard's files, then its record, which makes it final            outputs/
+    report    totals proven, gallery, dataset card, success mark                   report/
 
 A job may be killed at any point and run again: what is committed stays, the rest is made with the same bytes.
 """

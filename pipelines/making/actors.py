@@ -24,11 +24,11 @@ from typing import Any
 
 from diffray.model.errors import DiffrayError, JobError
 
+from ..arrival import ARRIVED
 from ..config import JobConfig, Workers
 from ..metrics import ImageMeter, PoolMeter
 from ..outputs.store import Store
 from . import backlog, board
-from .arrival import ARRIVED
 from .models import Models, shown_name
 from .pools import Ended, Pool, Pulse, turns
 from .worker import Share, Task, Worker, WorkerBroken
