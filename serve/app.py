@@ -58,7 +58,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(dialect.router(service))
     _handle_errors(app, failures)
     _add_health(app, service)
-    page.mount(app, service)  # type: ignore[attr-defined]  # mypy sees the folder of this name
+    page.mount(app, service)
     document(app, failures)
     return app
 

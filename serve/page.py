@@ -50,7 +50,7 @@ def mount(app: FastAPI, service: Service) -> None:
     routes = {"index.html": ("/", config.page), "docs.html": ("/docs", config.access.docs)}
     if not any(wanted for _, wanted in routes.values()):
         return
-    for entry in files("diffray.serve").joinpath("page").iterdir():
+    for entry in files("diffray.serve").joinpath("static").iterdir():
         path, wanted = routes.get(entry.name, (f"/page/{entry.name}", True))
         data = entry.read_bytes()
         if entry.name == "index.html" and not config.access.docs:

@@ -37,7 +37,7 @@ def test_wheel_holds_the_packages_and_their_data(wheel: Path) -> None:
     assert "diffray/model/engine.py" in names
     assert "diffray/model/data/bpe_simple_vocab_16e6.txt.gz" in names
     assert "diffray/model/embedded/unet/diffusion_pytorch_model.safetensors" in names
-    pages = {f"diffray/serve/page/{path.name}" for path in (ROOT / "serve" / "page").iterdir()}
+    pages = {f"diffray/serve/static/{path.name}" for path in (ROOT / "serve" / "static").iterdir()}
     assert pages <= set(names)
     assert any(name.endswith("licenses/NOTICE") for name in names)
     assert not [name for name in names if name.split("/")[0] in {"model", "pipelines", "tests", "training"}]

@@ -25,7 +25,7 @@ from . import browser as web
 from .live import Live, live
 from .scripted import Scripted
 
-PAGE = files("diffray.serve").joinpath("page")
+PAGE = files("diffray.serve").joinpath("static")
 ROUTES = {"index.html": "/", "docs.html": "/docs"}
 BLUE = (40, 80, 220)
 PHONE = {
