@@ -68,6 +68,12 @@ class Served:
         found = [line.rpartition(" ") for line in lines if not line.startswith("#")]
         return sum(float(value) for key, _, value in found if key.partition("{")[0] == name)
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """CPU time so far: of the thread that answers HTTP, and of all the others, which make the images."""
+        process, http = (_cpu(f"/proc/{self.pid}/{part}stat") for part in ("", f"task/{self.pid}/"))
+        return http, process - http
+
     def idle(self) -> None:
         """Wait until nothing waits or runs."""
         for _ in range(600):
@@ -76,6 +82,12 @@ class Served:
                 return
             time.sleep(0.1)
         raise SystemExit("work is left behind")
+
+
+def _cpu(stat: str) -> float:
+    """User and system seconds in a file of /proc."""
+    fields = Path(stat).read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -210,25 +222,43 @@ def flood(requests: int) -> dict[str, Any]:
             shouting = [pool.submit(shout, number) for number in range(70)]
             time.sleep(3)
             waiting = service.metric("diffray_admitted_images")
+            before = _clocks(service)
             beside = [_timed(service, calm) for _ in range(min(20, requests))]
+            spent = [now - then for now, then in zip(_clocks(service), before, strict=True)]
             over.set()
             statuses: Counter[int] = sum((done.result() for done in shouting), Counter())
     figures = {
-        "alone_p50": round(statistics.median(alone), 3),
-        "beside_flood_p50": round(statistics.median(beside), 3),
-        "beside_flood_max": round(max(beside), 3),
+        "alone": _latency(alone),
+        "beside_flood": _latency(beside),
         "images_waiting": waiting,
         "flood_statuses": dict(statuses),
+        "cores": {
+            name: round(seconds / spent[0], 2)
+            for name, seconds in zip(("load_generator", "http", "engine"), spent[1:], strict=True)
+        },
     }
     _promise(waiting > 30, "it was no flood", figures)
     return figures
 
 
-def _timed(service: Served, key: str) -> float:
+def _clocks(service: Served) -> tuple[float, ...]:
+    """Wall time, and CPU time of this process, of the service's HTTP side and of its engine."""
+    return (time.monotonic(), time.process_time(), *service.seconds)
+
+
+def _latency(answers: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds of the middle and of the slowest answer, and where the time of the middle one was spent."""
+    ordered = sorted(answers, key=lambda answer: answer["all"])
+    middle = {name: round(seconds, 3) for name, seconds in ordered[len(ordered) // 2].items()}
+    return middle | {"max": round(ordered[-1]["all"], 3)}
+
+
+def _timed(service: Served, key: str) -> dict[str, float]:
+    """Seconds until the answer, and of the phases in the engine."""
     begun = time.monotonic()
     answer = ask(service.url + IMAGES, {"prompt": "calm", "steps": 4}, authorization=key)
     assert answer.status == 200, answer.data
-    return time.monotonic() - begun
+    return {"all": time.monotonic() - begun, **answer.json["images"][0]["timings"]}
 
 
 def disconnects(requests: int) -> dict[str, Any]:
