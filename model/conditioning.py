@@ -58,12 +58,11 @@ def condition(model: Model, request: ImageRequest, extra: Tensor | None, label: 
     """
     scale = request.guidance_scale or 0.0
     distilled = model.config.unet.guidance_dim
-    guided = scale > 1 and distilled is None
-    positive, negative = _texts(model, request, guided)
+    positive, negative = _texts(model, request)
     embedding = None if distilled is None else guidance_embedding(scale - 1, distilled).to(model.device)
     level = None if label is None else torch.tensor(label, device=model.device)
     first = Branch(positive.context, _added(model, request, positive, positive=True), level, embedding, extra)
-    if not guided or negative is None:
+    if negative is None:
         return Conditioning((first,), (1.0,))
     other = replace(first, context=negative.context, added=_added(model, request, negative, positive=False))
     if model.config.task != "edit":
@@ -74,11 +73,16 @@ def condition(model: Model, request: ImageRequest, extra: Tensor | None, label: 
     return Conditioning((first, other, blind), (scale, image_scale - scale, 1 - image_scale))
 
 
-def _texts(model: Model, request: ImageRequest, guided: bool) -> tuple[Encoded, Encoded | None]:
-    """Prompt and negative prompt, equally long."""
+def guided(model: Model, request: ImageRequest) -> bool:
+    """Whether the network also runs on the negative prompt."""
+    return (request.guidance_scale or 0.0) > 1 and model.config.unet.guidance_dim is None
+
+
+def _texts(model: Model, request: ImageRequest) -> tuple[Encoded, Encoded | None]:
+    """Prompt and negative prompt, equally long; None without guidance."""
     text, skip = model.text, request.clip_skip
     positive = text.encode(request.prompt, skip)
-    if not guided:
+    if not guided(model, request):
         return positive, None
     if request.negative_prompt is None and model.config.zero_empty_negative:
         return positive, text.zeros(positive.chunks)

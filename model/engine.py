@@ -89,6 +89,7 @@ class Engine:
         # One thread at a time, under _stepping.
         self._stepping = RLock()
         self._ready: deque[tuple[Ticket, Prepared]] = deque()
+        """Second passes whose bucket is full."""
         self._buckets: dict[tuple[int, ...], Bucket] = {}
         self._finished: deque[tuple[Ticket, Prepared, Tensor]] = deque()
         self._ticks = 0
@@ -191,8 +192,10 @@ class Engine:
 
     def _checked(self, request: ImageRequest) -> Ticket:
         """The ticket of a request that fits the model, as far as can be told without running a network."""
-        resolved, steps = checked(self.model, request)
-        return Ticket(resolved, steps=steps, _model=self.model, _withdrawn=self._queue.withdrawn)
+        resolved, steps, bucket = checked(self.model, request)
+        return Ticket(
+            resolved, steps=steps, _model=self.model, _bucket=bucket, _withdrawn=self._queue.withdrawn
+        )
 
     # ---- running ------------------------------------------------------------------------------------------
 
@@ -341,7 +344,7 @@ class Engine:
             self._queue.settle(ticket, Cancelled(f"cancelled after {ticket.step} of {ticket.steps} steps"))
 
     def _admit(self) -> None:
-        """Prepare waiting images while slots are free; those whose bucket is full wait their turn.
+        """Prepare waiting images that can be placed at once; who is prepared earlier would keep others out.
 
         With nothing to denoise, what is finished is decoded first: otherwise images of few steps would start
         one by one, as the one decoded in each tick makes room, and never share a call.
@@ -350,13 +353,15 @@ class Engine:
             return
         for _ in range(len(self._ready)):
             self._place(*self._ready.popleft())
-        while self._queue.waiting and len(self._ready) < self.batch_size and self._has_room():
-            ticket = self._queue.take()
+        while self._has_room() and (ticket := self._queue.take(self._fits)):
             ticket._lap("queue")
             prepared = self._attempt(ticket, "prepare", lambda own=ticket: prepare(self.model, own.request))  # type: ignore[misc]
             ticket._lap("prepare")
             if prepared is not None:
                 self._place(ticket, prepared)
+
+    def _fits(self, key: tuple[int, ...]) -> bool:
+        return key not in self._buckets or not self._buckets[key].full
 
     def _has_room(self) -> bool:
         """All images that hold memory on the device count, finished ones until they are decoded."""

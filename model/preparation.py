@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .conditioning import Conditioning, condition
+from .conditioning import Conditioning, condition, guided
 from .config import ModelConfig, NoiseConfig
 from .errors import InvalidRequest
 from .images import gray_tensor, mask_tensor, rgb, to_image, to_tensor
@@ -58,8 +58,8 @@ class Prepared:
         return (*self.x.shape, len(self.conditioning.branches[0].context))
 
 
-def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int]:
-    """A request resolved against the model, and its steps in all passes.
+def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int, tuple[int, ...]]:
+    """A request resolved against the model, its steps in all passes, and the bucket of its first pass.
 
     Raises:
         InvalidRequest: it does not fit the model, as far as can be told without running a network.
@@ -72,12 +72,14 @@ def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int]:
             steps += table_for(model, second).steps
         except InvalidRequest as error:
             raise InvalidRequest(f"hires_{error.field}", error.reason) from error
-    model.text.tokenize(resolved.prompt)
-    model.text.tokenize(resolved.negative_prompt or "", "negative_prompt")
+    chunks = len(model.text.tokenize(resolved.prompt)[0])
+    negative = len(model.text.tokenize(resolved.negative_prompt or "", "negative_prompt")[0])
     most = min(tower.layers - tower.layer for tower in model.config.text) - 1
     if resolved.clip_skip > most:
         raise InvalidRequest("clip_skip", f"got {resolved.clip_skip}, this model allows 0..{most}")
-    return resolved, steps
+    if guided(model, resolved):
+        chunks = max(chunks, negative)
+    return resolved, steps, (*_latent_shape(model, resolved), chunks * model.text.positions)
 
 
 @torch.inference_mode()

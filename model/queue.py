@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from heapq import heappop, heappush
@@ -20,8 +20,8 @@ class Queue:
 
     Clients share the engine by cost, whatever each of them submits (start-time fair queueing, Goyal et al.
     1996): a ticket starts, in virtual time, where its client's last one ended, or now if that is past; it
-    lasts its cost over the client's weight; who starts first is taken first. Those of one client keep their
-    order.
+    lasts its cost over the client's weight; who starts first is taken first, as far as there is a place for
+    its bucket. Those of one client and bucket keep their order.
 
     Attributes:
         withdrawn: tickets whose holders cancelled them since the last `leavers`.
@@ -36,12 +36,15 @@ class Queue:
         self._changed = Condition()
         self._live: set[Ticket] = set()
         self._waiting: set[Ticket] = set()
+        self._kinds: Counter[tuple[int, ...]] = Counter()
+        """How many tickets of each bucket wait."""
         self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._lines: dict[str, deque[Ticket]] = {}
+        self._lines: dict[str, dict[tuple[int, ...], deque[Ticket]]] = {}
+        """What each client waits for, by bucket; none is empty."""
         self._ends: dict[str, float] = {}
         """Virtual time up to which each client has been served."""
         self._starts: list[tuple[float, int, str]] = []
-        """A heap: when the first ticket of each line starts."""
+        """A heap: when the next ticket of each client starts."""
         self._order = count()
         self._now = 0.0
 
@@ -67,16 +70,19 @@ class Queue:
                 ticket._since = time.perf_counter()
                 ticket.future.add_done_callback(ticket._settled)
                 if ticket.client not in self._lines:
-                    self._lines[ticket.client] = deque()
+                    self._lines[ticket.client] = {}
                     self._stand(ticket.client)
-                self._lines[ticket.client].append(ticket)
+                self._lines[ticket.client].setdefault(ticket._bucket, deque()).append(ticket)
+                ticket._place = next(self._order)
+            self._kinds.update(ticket._bucket for ticket in tickets)
             self._live.update(tickets)
             self._waiting.update(tickets)
             self._changed.notify_all()
 
     def _stand(self, client: str) -> None:
-        start = max(self._now, self._ends.get(client, 0.0))
-        heappush(self._starts, (start, next(self._order), client))
+        """Now is not later than the turn of those whose buckets are full: they save up nothing against others."""
+        now = min(self._now, self._starts[0][0]) if self._starts else self._now
+        heappush(self._starts, (max(now, self._ends.get(client, 0.0)), next(self._order), client))
 
     def send(self, work: Callable[[], Any]) -> Future[Any]:
         """Have a call made on the engine's thread, between two steps.
@@ -104,31 +110,54 @@ class Queue:
                 return work, future
         return None
 
-    def take(self) -> Ticket:
-        """The next one whose turn it is.
-
-        Raises:
-            IndexError: none waits.
-        """
+    def take(self, fits: Callable[[tuple[int, ...]], bool] = lambda bucket: True) -> Ticket | None:
+        """The next one whose turn it is among those whose bucket fits; None when none does."""
         with self._changed:
-            while True:
-                start, _, client = heappop(self._starts)
-                line = self._lines[client]
-                while line and line[0] not in self._waiting:  # taken back while it waited
-                    line.popleft()
-                if not line:
-                    del self._lines[client]
-                    continue
-                ticket = line.popleft()
-                self._waiting.remove(ticket)
-                self._now = start
-                self._ends[client] = start + ticket.request.cost / ticket.weight
-                if line:
-                    self._stand(client)
-                else:
-                    del self._lines[client]
-                self._forget()
-                return ticket
+            buckets = {bucket for bucket in self._kinds if fits(bucket)}
+            passed: list[tuple[float, int, str]] = []
+            taken = None
+            while buckets and self._starts and taken is None:
+                turn = heappop(self._starts)
+                if taken := self._first(turn[2], buckets):
+                    self._serve(taken, turn[0])
+                elif turn[2] in self._lines:
+                    passed.append(turn)
+            for turn in passed:
+                heappush(self._starts, turn)
+            if taken is not None and taken.client in self._lines:
+                self._stand(taken.client)
+            self._forget()
+            return taken
+
+    def _first(self, client: str, buckets: set[tuple[int, ...]]) -> Ticket | None:
+        """The client's oldest ticket in one of the buckets; its line is dropped when nobody stands in it."""
+        lines = self._lines[client]
+        for bucket, line in list(lines.items()):
+            while line and line[0] not in self._waiting:  # taken back while it waited
+                line.popleft()
+            if not line:
+                del lines[bucket]
+        if not lines:
+            del self._lines[client]
+        heads = [line[0] for bucket, line in lines.items() if bucket in buckets]
+        return min(heads, key=lambda ticket: ticket._place, default=None)
+
+    def _serve(self, ticket: Ticket, start: float) -> None:
+        lines = self._lines[ticket.client]
+        lines[ticket._bucket].popleft()
+        if not lines[ticket._bucket]:
+            del lines[ticket._bucket]
+        if not lines:
+            del self._lines[ticket.client]
+        self._leave({ticket})
+        self._now = max(self._now, start)
+        self._ends[ticket.client] = start + ticket.request.cost / ticket.weight
+
+    def _leave(self, tickets: set[Ticket]) -> None:
+        """They wait no more."""
+        self._kinds.subtract(ticket._bucket for ticket in tickets & self._waiting)
+        self._kinds = +self._kinds
+        self._waiting -= tickets
 
     def _forget(self) -> None:
         """Clients whose share is used up by nobody start afresh anyway."""
@@ -145,7 +174,7 @@ class Queue:
             gone.add(self.withdrawn.popleft())
         with self._changed:
             gone &= self._live
-            self._waiting -= gone
+            self._leave(gone)
             if not self._waiting:
                 self._lines.clear()
                 self._starts.clear()
@@ -176,6 +205,7 @@ class Queue:
             if isinstance(error, Exception):
                 self.failure = error
             self._waiting.clear()
+            self._kinds.clear()
             self._lines.clear()
             self._starts.clear()
             tickets = list(self._live)

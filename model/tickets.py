@@ -67,6 +67,8 @@ class Ticket:
     weight: float = 1.0
     listener: Callable[[], None] | None = None
     _model: Any = None
+    _bucket: tuple[int, ...] = ()
+    _place: int = 0
     _withdrawn: deque[Ticket] = field(default_factory=deque)
     _since: float = 0.0
     _first_pass: int = 0

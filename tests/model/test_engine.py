@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from diffray.model import (
     Ticket,
 )
 from diffray.model import engine as engine_module
+from diffray.model.preparation import checked, prepare
 from tests.model import oracle
 from tests.model.oracle import NEGATIVE, SIDE, mask_image, source_image
 
@@ -718,6 +720,45 @@ def test_small_buckets_do_not_starve() -> None:
     for ticket in crowd:
         ticket.cancel()
     run(engine)
+
+
+@pytest.mark.parametrize("index", range(len(MIXED)))
+def test_the_bucket_is_known_before_anything_is_prepared(index: int) -> None:
+    for fields in ({}, {"prompt": "word " * 100}, {"negative_prompt": "word " * 200, "guidance_scale": 1.0}):
+        request = replace(MIXED[index], **fields)
+        model = oracle.model("sd1")
+        resolved, _, bucket = checked(model, request)
+        assert prepare(model, resolved).bucket == bucket
+
+
+def test_a_newcomer_gets_the_first_place_that_a_flood_leaves() -> None:
+    """Nothing of the flood was prepared ahead of it: it waits for one image of the batch and for no other."""
+    engine = make(batch_size=2)
+    flood = [engine.submit(ask(seed=seed, steps=4), client="flood") for seed in range(12)]
+    for _ in range(2):
+        engine.step()
+    newcomer = engine.submit(ask(seed=99, steps=4), client="new")
+    while not newcomer.future.done():
+        engine.step()
+    assert content(newcomer.future.result(0)) == content(make().generate([ask(seed=99, steps=4)])[0])
+    begun = [ticket for ticket in flood if ticket.step]
+    assert len(begun) <= 4, "the first two, one beside the newcomer, and its successor"
+    run(engine)
+    assert all(ticket.future.done() for ticket in flood)
+
+
+def test_a_full_bucket_does_not_keep_other_sizes_out() -> None:
+    engine = make(batch_size=2)
+    flood = [engine.submit(ask(seed=seed, steps=30), client="flood") for seed in range(12)]
+    late = engine.submit(ask(width=2 * SIDE, steps=2), client="flood")
+    for _ in range(engine_module.STARVATION + 4):
+        engine.step()
+    assert late.step >= 1
+    assert sum(ticket.step > 0 for ticket in flood) == 2
+    for ticket in flood:
+        ticket.cancel()
+    run(engine)
+    assert late.future.done()
 
 
 def test_many_buckets_all_move() -> None:

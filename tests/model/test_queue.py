@@ -15,7 +15,9 @@ from diffray.model.tickets import Ticket
 
 def ticket(queue: Queue, client: str, steps: int = 10, weight: float = 1.0, side: int = 512) -> Ticket:
     request = ImageRequest(width=side, height=side, steps=steps)
-    return Ticket(request, steps=steps, client=client, weight=weight, _withdrawn=queue.withdrawn)
+    made = Ticket(request, steps=steps, client=client, weight=weight, _withdrawn=queue.withdrawn)
+    made._bucket = (side,)
+    return made
 
 
 def served(queue: Queue, count: int) -> Counter[str]:
@@ -23,6 +25,7 @@ def served(queue: Queue, count: int) -> Counter[str]:
     costs: Counter[str] = Counter()
     for _ in range(count):
         taken = queue.take()
+        assert taken is not None
         costs[taken.client] += taken.request.cost  # type: ignore[assignment]
     return costs
 
@@ -80,6 +83,28 @@ def test_cancelled_tickets_cost_nothing_and_are_skipped() -> None:
     assert len(queue.leavers()) == 49
     assert queue.waiting == 51
     assert mine[49] in [queue.take() for _ in range(2)]
+
+
+def test_what_does_not_fit_is_passed_over_and_keeps_its_turn() -> None:
+    queue = Queue()
+    large = [ticket(queue, "a", side=1024) for _ in range(3)]
+    small = [ticket(queue, "a"), ticket(queue, "b")]
+    queue.enter([*large, *small])
+    assert [queue.take(lambda bucket: bucket == (512,)) for _ in range(3)] == [*small, None]
+    assert [queue.take() for _ in range(4)] == [*large, None]
+    assert queue.waiting == 0
+
+
+def test_waiting_for_a_place_saves_up_nothing_against_newcomers() -> None:
+    """A flood whose bucket is full falls behind others; who comes then waits for one of its images at most."""
+    queue = Queue()
+    queue.enter([ticket(queue, "flood", side=1024) for _ in range(50)])
+    queue.enter([ticket(queue, "other") for _ in range(50)])
+    for _ in range(40):
+        queue.take(lambda bucket: bucket == (512,))
+    newcomer = ticket(queue, "new", side=1024)
+    queue.enter([newcomer])
+    assert newcomer in [queue.take(lambda bucket: bucket == (1024,)) for _ in range(2)]
 
 
 def test_thousands_of_clients_are_served_quickly_and_forgotten() -> None:
