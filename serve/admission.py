@@ -95,6 +95,14 @@ class Admission:
             for index in list(permit.costs):
                 self._give_back(permit, index)
 
+    def check_full(self, client: Client) -> None:
+        """Returns when there is room for one more image of this client, whatever it is.
+
+        Raises:
+            Refusal: 429 or 503, as `admitted`.
+        """
+        self._check_room(client, (0.0,))
+
     def finish(self, permit: Permit, index: int) -> None:
         """One image was made: its room is free and its cost shows how fast the service is."""
         self._speed.add(permit.costs.get(index, 0.0))

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import metrics
 from .config import ServeConfig
 from .failures import Failures
+from .idempotency import HEADER as IDEMPOTENCY
 from .jsonbody import check_json
 from .refusal import Refusal
 from .service import Service
@@ -102,7 +103,11 @@ class Logged:
 
 
 class Bodies:
-    """Reads bodies before anybody works with them: from known clients only, no larger or slower than allowed."""
+    """Reads bodies before anybody works with them: from known clients only, no larger or slower than allowed.
+
+    Images that there is no room for are refused before that: a flood must cost less than it asks for. A request
+    with an idempotency key may have its answer already.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, failures: Failures) -> None:
         self.app, self.service, self.failures = app, service, failures
@@ -116,7 +121,14 @@ class Bodies:
         size = 0
         try:
             try:
-                await self.service.client(http)
+                client = await self.service.client(http)
+                makes = self.failures.dialect(scope["path"]).MAKES
+                if (
+                    scope["method"] == "POST"
+                    and scope["path"].startswith(makes)
+                    and IDEMPOTENCY not in http.headers
+                ):
+                    self.service.admission.check_full(client)
                 body = await self._read(http, receive)
             except Refusal as refusal:
                 return await self.failures.answer(http, refusal)(scope, receive, send)

@@ -31,6 +31,8 @@ from .a1111_works import FIELDS, Asked, image_works, text_works
 from .parts import client_names
 
 ROUTES = ("/sdapi/v1",)
+MAKES = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+"""Paths below which a POST asks for images."""
 PAIR = re.compile(r"(\d+)x(\d+)")
 
 

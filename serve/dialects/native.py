@@ -24,6 +24,8 @@ from .native_bodies import Catalogue, ImagesAnswer, ImagesBody, JobBody, JobStat
 from .parts import base64_text, continued
 
 ROUTES = ("/",)
+MAKES = ("/v1/diffray/images", "/v1/diffray/jobs")
+"""Paths below which a POST asks for images."""
 FILES: dict[str, Any] = {
     media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()
 }

@@ -24,6 +24,8 @@ from .openai_works import Asked, Source, asked, mask_of, usage
 from .parts import base64_text, begun, client_names
 
 ROUTES = ("/v1/images", "/v1/models")
+MAKES = ("/v1/images/",)
+"""Paths below which a POST asks for images."""
 STATUSES = {422: 400}
 """Statuses that this API has another one for."""
 FILE: dict[int | str, dict[str, Any]] = {

@@ -23,6 +23,8 @@ from .parts import alpha_mask, base64_text, check_mask, client_names, flat
 from .stability_works import V1_FIELDS, V2_FIELDS, masked, v1_works, v2_works
 
 ROUTES = ("/v1/generation", "/v1/engines", "/v1/user", "/v2beta")
+MAKES = ("/v1/generation/", "/v2beta/")
+"""Paths below which a POST asks for images."""
 STATUSES = {422: 400}
 """Statuses that this API has another one for."""
 NAMES = {"invalid_value": "bad_request", "invalid_json": "bad_request", "content_filtered": "invalid_prompts"}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from http.client import HTTPResponse
 from typing import Any
 
 import pytest
@@ -196,6 +197,45 @@ def test_one_client_at_once() -> None:
         assert "retry-after" in answer.headers
         for wire in waiting:
             wire.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        IMAGES,
+        "/v1/diffray/jobs",
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/sdapi/v1/txt2img",
+        "/sdapi/v1/img2img",
+        "/v1/generation/scripted/text-to-image",
+        "/v2beta/stable-image/generate/sd3",
+    ],
+)
+def test_who_has_no_room_is_refused_before_the_body_comes(crowded: Live, path: str) -> None:
+    with closing(connect(crowded.url)) as wire:
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n".encode()
+        wire.sendall(head)
+        answer = HTTPResponse(wire)
+        answer.begin()
+        assert (answer.status, int(answer.headers["retry-after"]) >= 1) == (429, True)
+        answer.read()
+        wire.sendall(b" " * 1000 + b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert wire.recv(4096).startswith(b"HTTP/1.1 200 ")  # the connection is still good
+
+
+def test_who_has_no_room_may_do_all_but_make_images(crowded: Live) -> None:
+    assert ask(crowded.url + IMAGES, b"{", idempotency_key="1").code == "invalid_json"
+    assert ask(crowded.url + "/v1/diffray/jobs/none", method="DELETE").status == 404
+    assert ask(crowded.url + "/sdapi/v1/png-info", {"image": ""}).status == 422
+
+
+@pytest.fixture(scope="module")
+def crowded() -> Iterator[Live]:
+    """Its client has one image there, and may have no more."""
+    with limited(images_at_once=1) as running, closing(post(running.url + IMAGES, {"prompt": "wait"})):
+        wait_for(lambda: running.service.admission.images == 1)
+        yield running
 
 
 def test_wrong_rates_are_refused_at_the_start() -> None:
