@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 
 from diffray.model.encoding import MEDIA_TYPES
 from diffray.model.sampling.sampler_names import SAMPLER_NAMES
@@ -22,6 +20,7 @@ from ..service import Service
 from ..work import Event, Finished, Work
 from .native_bodies import Catalogue, ImagesAnswer, ImagesBody, JobBody, JobState, Made, ModelFacts
 from .parts import base64_text, continued
+from .streams import event_stream, message
 
 ROUTES = ("/",)
 MAKES = ("/v1/diffray/images", "/v1/diffray/jobs")
@@ -73,9 +72,7 @@ def router(service: Service) -> APIRouter:
             events = service.stream(http, client, works)
             first = await anext(events)  # what is refused is refused with a status
             sent = _server_sent(continued(first, events), works, http.state.request_id)
-            return StreamingResponse(
-                sent, media_type="text/event-stream", headers={"cache-control": "no-store"}
-            )
+            return event_stream(sent)
         finished = await service.make(http, client, works)
         media = MEDIA_TYPES[body.format]
         if len(finished) == 1 and media in http.headers.get("accept", ""):
@@ -125,16 +122,12 @@ async def _server_sent(
         async with aclosing(events):
             async for index, event in events:
                 if isinstance(event, Finished):
-                    yield _message("result", Made.of(index, event, works[index].format).model_dump())
+                    yield message("result", Made.of(index, event, works[index].format).model_dump())
                     continue
                 facts: dict[str, Any] = {"index": index, "step": event.step, "steps": event.steps}
                 facts["percent"] = round(100 * event.step / max(event.steps, 1), 1)
                 if event.preview is not None:
                     facts["preview"] = base64_text(event.preview)
-                yield _message("progress", facts)
+                yield message("progress", facts)
     except Exception as error:
-        yield _message("error", refused(failures.refusal_of(error), request_id))
-
-
-def _message(event: str, facts: dict[str, Any]) -> str:
-    return f"event: {event}\ndata: {json.dumps(facts)}\n\n"
+        yield message("error", refused(failures.refusal_of(error), request_id))

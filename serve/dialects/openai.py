@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 
 from diffray.model.encoding import MEDIA_TYPES
 
@@ -22,6 +22,7 @@ from .forms import form_schema, one_file, read_form
 from .openai_events import Kind, error_body, server_sent
 from .openai_works import Asked, Source, asked, mask_of, usage
 from .parts import base64_text, begun, client_names
+from .streams import event_stream
 
 ROUTES = ("/v1/images", "/v1/models")
 MAKES = ("/v1/images/",)
@@ -129,7 +130,7 @@ async def _answer(service: Service, http: Request, client: Client, wanted: Asked
     with client_names(wanted.names):
         if wanted.partial_images is not None:
             events = await begun(service.stream(http, client, wanted.works))
-            return StreamingResponse(server_sent(events, wanted, kind), media_type="text/event-stream")
+            return event_stream(server_sent(events, wanted, kind))
         finished = await service.make(http, client, wanted.works)
     answer = bodies.Images(
         created=int(time.time()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -18,6 +17,7 @@ from ..refusal import Refusal
 from ..work import Event, Finished
 from .openai_works import Asked, usage
 from .parts import base64_text, client_names
+from .streams import message
 
 Kind = Literal["image_generation", "image_edit"]
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -61,7 +61,7 @@ async def server_sent(
 
 
 def _message(event: str, facts: dict[str, Any]) -> str:
-    return f"event: {event}\ndata: {json.dumps({'type': event} | facts)}\n\n"
+    return message(event, {"type": event} | facts)
 
 
 def _common(index: int, data: bytes, wanted: Asked) -> dict[str, Any]:
