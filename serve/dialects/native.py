@@ -18,9 +18,9 @@ from ..jobs import Job, jobs_of
 from ..refusal import Refusal
 from ..service import Service
 from ..work import Event, Finished, Work
+from . import streams
 from .native_bodies import Catalogue, ImagesAnswer, ImagesBody, JobBody, JobState, Made, ModelFacts
-from .parts import base64_text, continued
-from .streams import event_stream, message
+from .parts import base64_text, begun
 
 ROUTES = ("/",)
 MAKES = ("/v1/diffray/images", "/v1/diffray/jobs")
@@ -69,10 +69,8 @@ def router(service: Service) -> APIRouter:
         card = await service.model(body.model)
         works = body.works(card.name, pixels, body.preview_every)
         if body.stream:
-            events = service.stream(http, client, works)
-            first = await anext(events)  # what is refused is refused with a status
-            sent = _server_sent(continued(first, events), works, http.state.request_id)
-            return event_stream(sent)
+            events = await begun(service.stream(http, client, works), 0, streams.KEEP_ALIVE)
+            return streams.event_stream(_server_sent(events, works, http.state.request_id))
         finished = await service.make(http, client, works)
         media = MEDIA_TYPES[body.format]
         if len(finished) == 1 and media in http.headers.get("accept", ""):
@@ -122,12 +120,12 @@ async def _server_sent(
         async with aclosing(events):
             async for index, event in events:
                 if isinstance(event, Finished):
-                    yield message("result", Made.of(index, event, works[index].format).model_dump())
+                    yield streams.message("result", Made.of(index, event, works[index].format).model_dump())
                     continue
                 facts: dict[str, Any] = {"index": index, "step": event.step, "steps": event.steps}
                 facts["percent"] = round(100 * event.step / max(event.steps, 1), 1)
                 if event.preview is not None:
                     facts["preview"] = base64_text(event.preview)
-                yield message("progress", facts)
+                yield streams.message("progress", facts)
     except Exception as error:
-        yield message("error", refused(failures.refusal_of(error), request_id))
+        yield streams.message("error", refused(failures.refusal_of(error), request_id))

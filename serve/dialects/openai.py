@@ -18,11 +18,11 @@ from ..refusal import Refusal
 from ..service import Client, Service
 from ..work import Finished
 from . import openai_bodies as bodies
+from . import streams
 from .forms import form_schema, one_file, read_form
 from .openai_events import Kind, error_body, server_sent
 from .openai_works import Asked, Source, asked, mask_of, usage
 from .parts import base64_text, begun, client_names
-from .streams import event_stream
 
 ROUTES = ("/v1/images", "/v1/models")
 MAKES = ("/v1/images/",)
@@ -129,8 +129,8 @@ async def _answer(service: Service, http: Request, client: Client, wanted: Asked
     """Make the images; errors speak of the body's own names."""
     with client_names(wanted.names):
         if wanted.partial_images is not None:
-            events = await begun(service.stream(http, client, wanted.works))
-            return event_stream(server_sent(events, wanted, kind))
+            events = await begun(service.stream(http, client, wanted.works), 1, streams.KEEP_ALIVE)
+            return streams.event_stream(server_sent(events, wanted, kind))
         finished = await service.make(http, client, wanted.works)
     answer = bodies.Images(
         created=int(time.time()),

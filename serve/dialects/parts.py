@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 
 from PIL import Image
 
-from diffray.model import GenerationError, InvalidRequest
+from diffray.model import InvalidRequest
 from diffray.model.images import rgb
 from diffray.model.sampling.sampler_names import resolve_sampler, resolve_schedule
 
@@ -59,25 +60,35 @@ def base64_text(data: bytes) -> str:
 
 
 async def begun(
-    events: AsyncGenerator[tuple[int, Event], None],
+    events: AsyncGenerator[tuple[int, Event], None], step: int, seconds: float
 ) -> AsyncGenerator[tuple[int, Event], None]:
-    """`events` from the first step on: what is refused is refused before an answer's status is sent.
+    """`events` from this step on, which is waited for: what is refused is refused before an answer's status is
+    sent. After so many seconds it is waited for no longer, as the client would hear nothing for too long.
 
     Raises:
-        InvalidRequest, GenerationError, Refusal: no step was done.
+        InvalidRequest, GenerationError, Refusal: before that step or time.
     """
-    async for first in events:
-        if not isinstance(first[1], Progress) or first[1].step:
+    until = asyncio.get_running_loop().time() + seconds
+    while True:
+        first = asyncio.ensure_future(anext(events))
+        try:
+            await asyncio.wait([first], timeout=max(0.0, until - asyncio.get_running_loop().time()))
+        except asyncio.CancelledError:
+            first.cancel()
+            raise
+        if not first.done():
             return continued(first, events)
-    raise GenerationError("the stream ended before its first step")
+        _, event = first.result()
+        if not isinstance(event, Progress) or event.step >= step:
+            return continued(first, events)
 
 
 async def continued(
-    first: tuple[int, Event], events: AsyncGenerator[tuple[int, Event], None]
+    first: Awaitable[tuple[int, Event]], events: AsyncGenerator[tuple[int, Event], None]
 ) -> AsyncGenerator[tuple[int, Event], None]:
-    """`events` with the one that was already taken out of it."""
+    """`events` with the one that was already asked for."""
     async with aclosing(events):
-        yield first
+        yield await first
         async for event in events:
             yield event
 

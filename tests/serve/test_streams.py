@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import closing
 
@@ -11,6 +12,7 @@ import pytest
 
 from diffray.serve.config import ServeConfig
 from diffray.serve.dialects import streams
+from diffray.serve.work import Event, Work
 
 from .ask import post
 from .live import live
@@ -76,9 +78,35 @@ def test_a_stream_that_waits_says_so_until_its_client_leaves(path: str, more: di
         assert backend.cancelled == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "more"), [("/v1/diffray/images", {}), ("/v1/images/generations", {"size": "64x64"})]
+)
+def test_a_stream_answers_before_its_turn_comes(path: str, more: dict[str, object]) -> None:
+    class Busy(Scripted):
+        async def run(self, work: Work) -> AsyncGenerator[Event, None]:
+            if not turn.is_set():
+                await asyncio.to_thread(turn.wait, 60)
+            async for event in super().run(work):
+                yield event
+
+    turn = threading.Event()
+    with live(ServeConfig(log="off"), Busy) as running:
+        try:
+            with closing(post(running.url + path, {"prompt": "x", "stream": True, **more})) as wire:
+                heard = b""
+                while b": still here" not in heard:
+                    heard += wire.recv(65536)
+                assert b"event:" not in heard
+                turn.set()
+                while b"event: result" not in heard and b".completed" not in heard:
+                    heard += wire.recv(65536)
+        finally:
+            turn.set()
+
+
 def test_the_sdk_skips_comments() -> None:
     class Slow(Scripted):
-        async def run(self, work):  # type: ignore[no-untyped-def]
+        async def run(self, work: Work) -> AsyncGenerator[Event, None]:
             async for event in super().run(work):
                 yield event
                 await asyncio.sleep(0.12)
