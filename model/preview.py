@@ -1,7 +1,8 @@
-"""Small, quick pictures of unfinished latents.
+"""Quick pictures of unfinished latents.
 
-With a TAESD decoder the preview is that decoder's; otherwise a linear map from latent channels to RGB, fitted
-once per model to what its own autoencoder makes of random smooth latents.
+With a TAESD decoder the preview is that decoder's; an autoencoder that is no larger makes its own. Otherwise it is
+a linear map from latent channels to RGB, fitted once per model to what its autoencoder makes of random smooth
+latents: right for the latents of Stable Diffusion, which are nearly colours, and quick at any size.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from .latents import decode
 if TYPE_CHECKING:
     from .weights.load import Model
 
+TINY = 1_300_000
+"""Parameters of a TAESD decoder, rounded up."""
+
 _maps: WeakKeyDictionary[torch.nn.Module, Tensor] = WeakKeyDictionary()
 
 
 @torch.inference_mode()
 def preview_image(model: Model, denoised: Tensor) -> Image.Image:
-    """The picture of `denoised` [C, h, w]: full size with TAESD, one pixel per latent without.
+    """The picture of `denoised` [C, h, w]: full size from a tiny decoder, one pixel per latent without.
 
     Values that are not finite are shown as gray; the image itself will fail.
     """
@@ -33,6 +37,8 @@ def preview_image(model: Model, denoised: Tensor) -> Image.Image:
         weight = next(model.preview.parameters())
         pixels = model.preview(denoised.nan_to_num()[None].to(weight)).float()[0]
         return to_image(2 * pixels.nan_to_num() - 1)  # TAESD makes [0, 1]
+    if sum(p.numel() for p in model.vae.parameters()) <= TINY:
+        return to_image(decode(model, denoised.nan_to_num()))
     factors = _linear_map(model).to(denoised.device)
     flat = denoised.float().nan_to_num().flatten(1)  # [C, hw]
     flat = torch.cat([flat, torch.ones_like(flat[:1])])
