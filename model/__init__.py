@@ -5,6 +5,7 @@ model = load_model("sd_xl_base_1.0.safetensors")
 Engine(model).generate([ImageRequest(prompt="a red fox", seed=7)])[0].save("fox.png")
 """
 
+from .adapters.choices import AdapterChoice, adapter_choices, prompt_adapters
 from .config import ModelConfig
 from .engine import Engine
 from .errors import (
@@ -26,6 +27,7 @@ from .weights.load import Model, load_model, model_config
 
 __all__ = [
     "AccountingError",
+    "AdapterChoice",
     "Cancelled",
     "CheckpointError",
     "DiffrayError",
@@ -41,8 +43,10 @@ __all__ = [
     "Result",
     "Ticket",
     "UnsafeCheckpoint",
+    "adapter_choices",
     "convert",
     "inspect_source",
     "load_model",
     "model_config",
+    "prompt_adapters",
 ]

@@ -64,6 +64,7 @@ def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int, tup
     Raises:
         InvalidRequest: it does not fit the model, as far as can be told without running a network.
     """
+    model.adapters.check(request.adapters)
     resolved = request.resolved(model.config)
     second = refinement(resolved, model.config)
     steps = table_for(model, resolved).steps

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from .adapters.choices import AdapterChoice, active, adapter_choices
 from .errors import InvalidRequest
 from .sampling.samplers import SAMPLERS, resolve
 
@@ -66,8 +67,9 @@ class ImageRequest:
         hires_strength: how much the second pass redoes, in (0, 1].
         hires_steps: steps of the second pass before its strength is applied; None takes `steps`.
         hires_upscale: "latent" (bilinear on latents), "latent-nearest", or "lanczos" (decode, resize, encode).
-
-    The other three have no effect without `hires_scale`.
+            It, `hires_strength` and `hires_steps` have no effect without `hires_scale`.
+        adapters: LoRAs and their relatives that the model was loaded with, by name, each with a weight;
+            whatever `adapter_choices` reads. Their order does not matter.
     """
 
     prompt: str = ""
@@ -105,6 +107,7 @@ class ImageRequest:
     hires_strength: float = 0.7
     hires_steps: int | None = None
     hires_upscale: str = "latent"
+    adapters: tuple[AdapterChoice, ...] = ()
 
     def __post_init__(self) -> None:
         _text("prompt", self.prompt)
@@ -159,6 +162,7 @@ class ImageRequest:
         if self.hires_steps is not None:
             _integer("hires_steps", self.hires_steps, 1, MAX_STEPS)
         _one_of("hires_upscale", self.hires_upscale, UPSCALES)
+        object.__setattr__(self, "adapters", adapter_choices(self.adapters))
         if self.mask is not None and self.init_image is None:
             raise InvalidRequest("mask", "a mask needs an init_image")
         if self.hires_scale is not None and self.output == "latents":
@@ -194,6 +198,7 @@ class ImageRequest:
             strength=strength,
             original_size=self.original_size or (height, width),
             target_size=self.target_size or (height, width),
+            adapters=active(self.adapters),
         )
 
     def _solver(self, defaults: Defaults) -> tuple[str, str]:
@@ -266,7 +271,8 @@ class ImageRequest:
     def parameters(self) -> dict[str, Any]:
         """The fields that are plain values, in declaration order: what goes into a dataset's columns."""
         images = ("init_image", "mask", "depth", "init_latents")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in images}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in images}
+        return values | {"adapters": [choice._asdict() for choice in self.adapters]}
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

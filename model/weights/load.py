@@ -7,6 +7,7 @@ unexpected, misshapen or not finite.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.merging import Adapters, open_adapters
 from ..config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ..errors import CheckpointError
 from ..networks.taesd import TinyDecoder, load_decoder
@@ -41,6 +43,7 @@ class Model:
         preview: a TAESD decoder for the same latents, if one was asked for.
         device, dtype: where and in what type they run; the autoencoder may be in float32 (`vae.dtype`).
         source: what `load_model` was given.
+        adapters: LoRAs and their relatives that requests can name.
     """
 
     config: ModelConfig
@@ -52,6 +55,7 @@ class Model:
     dtype: torch.dtype
     source: str
     checkpoint: Checkpoint = field(repr=False)
+    adapters: Adapters = field(default_factory=Adapters, repr=False)
 
     @cached_property
     def checksum(self) -> str:
@@ -71,6 +75,7 @@ def load_model(
     vae_dtype: str | torch.dtype = "auto",
     vae: str | None = None,
     taesd: str | None = None,
+    adapters: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Model:
     """Reads a checkpoint, strictly.
@@ -83,6 +88,7 @@ def load_model(
         vae_dtype: "auto" is `dtype`, except float32 for a decoder that overflows in float16 (`force_upcast`).
         vae: source of an autoencoder to use instead of the checkpoint's.
         taesd: source of a TAESD decoder for previews.
+        adapters: name to source of LoRAs and their relatives that requests may ask for.
         options: see `families.Options`.
 
     Raises:
@@ -108,6 +114,7 @@ def load_model(
         dtype=wanted,
         source=str(source),
         checkpoint=checkpoint,
+        adapters=Adapters(open_adapters(adapters or {})),
     )
     problems.check(checkpoint.path)
     if model.preview is not None:
@@ -120,12 +127,19 @@ def load_model(
     return model
 
 
-def model_config(source: str = EMBEDDED, *, vae: str | None = None, **options: Any) -> ModelConfig:
+def model_config(
+    source: str = EMBEDDED,
+    *,
+    vae: str | None = None,
+    adapters: Mapping[str, str] | None = None,
+    **options: Any,
+) -> ModelConfig:
     """What `load_model` with the same arguments would load, from headers and configs alone.
 
     Raises:
-        CheckpointError: it cannot be found, read or recognised.
+        CheckpointError: it cannot be found, read or recognised, or an adapter does not fit it.
     """
+    open_adapters(adapters or {})
     known = Options.of(
         {k: v for k, v in options.items() if k not in ("dtype", "device", "vae_dtype", "taesd")}
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from diffray.model.adapters.choices import AdapterChoice, adapter_choices
 from diffray.model.errors import InvalidRequest
 from diffray.model.request import ImageRequest
 
@@ -23,6 +24,7 @@ def _plain_fields() -> dict[str, pa.DataType]:
         bool: pa.bool_(),
         tuple[float, ...]: pa.list_(pa.float64()),
         tuple[int, int]: pa.list_(pa.int64()),
+        tuple[AdapterChoice, ...]: pa.list_(pa.struct({"name": pa.string(), "weight": pa.float64()})),
     }
     columns = {}
     for name in ImageRequest().parameters():
@@ -41,6 +43,8 @@ def parsed(name: str, value: Any, kind: pa.DataType | None = None) -> Any:
 
     What does not read as that type raises InvalidRequest; ranges are the request's own business.
     """
+    if name == "adapters":
+        return adapter_choices(value)
     kind = REQUEST_COLUMNS[name] if kind is None else kind
     if pa.types.is_string(kind):
         return value
