@@ -12,13 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from limits import RateLimitItem, parse
-from limits.aio.storage import Storage
-from limits.aio.strategies import SlidingWindowCounterRateLimiter
-from limits.storage import storage_from_string
-
 from . import metrics
-from .config import InvalidConfig, Limits
+from .config import Limits
+from .rates import Rates, parsed
 from .refusal import Refusal
 
 SPEED_MEMORY = 60.0
@@ -60,11 +56,9 @@ class Admission:
         self._held: Counter[str] = Counter()
         self._cost = 0.0
         self._speed = Speed()
-        storage = storage_from_string(f"async+{limits.storage}")
-        assert isinstance(storage, Storage)
-        self._rates = SlidingWindowCounterRateLimiter(storage)
+        self._rates = Rates(limits.storage)
         for name in ("requests_per_key", "cost_per_key"):
-            _rate(getattr(limits, name), name)
+            parsed(getattr(limits, name), name)
 
     @property
     def images(self) -> int:
@@ -163,23 +157,10 @@ class Admission:
         Raises:
             Refusal: 429, with the time after which it fits.
         """
-        await self._hit(client, client.requests or self._limits.requests_per_key, "requests", 1)
-        units = max(1, round(cost))
-        await self._hit(client, client.cost or self._limits.cost_per_key, "megapixel-steps", units)
-
-    async def _hit(self, client: Client, text: str | None, unit: str, amount: int) -> None:
-        rate = _rate(text, unit)
-        if rate is None:
-            return
-        if amount > rate.amount:
-            raise Refusal(
-                422, "over_budget", f"this request takes {amount} {unit}, allowed are {text} in all"
-            )
-        if await self._rates.hit(rate, unit, client.id, cost=amount):
-            return
-        reset = (await self._rates.get_window_stats(rate, unit, client.id)).reset_time
-        wait = max(1.0, reset - time.time())
-        raise Refusal(429, "rate_limited", f"allowed are {text} ({unit})", retry_after=wait)
+        requests = client.requests or self._limits.requests_per_key
+        await self._rates.hit(client.id, requests, "requests", 1)
+        budget = client.cost or self._limits.cost_per_key
+        await self._rates.hit(client.id, budget, "megapixel-steps", max(1, round(cost)))
 
 
 class Speed:
@@ -203,12 +184,3 @@ class Speed:
         elapsed = max(time.monotonic() - self._since, 0.1)
         speed = self._done / elapsed
         return min(60.0, max(1.0, cost / speed)) if speed else 5.0
-
-
-def _rate(text: str | None, name: str) -> RateLimitItem | None:
-    if text is None:
-        return None
-    try:
-        return parse(text)
-    except ValueError:
-        raise InvalidConfig(f'{name}: got {text!r}, allowed is a rate such as "100/minute"') from None

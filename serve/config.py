@@ -74,8 +74,9 @@ class Limits(Strict):
     idempotency_seconds: float = Field(default=600.0, ge=0)
     images_at_once: int = Field(default=64, ge=1)
     """Of one client, waiting or running."""
-    storage: str = "memory://"
-    """Where rates are counted; a redis:// URL shares them between several ingresses."""
+    storage: str = Field(default="memory://", pattern=r"^(memory://$|rediss?://|redis\+unix://)")
+    """Where rates are counted; a redis:// URL shares them between several services. While it cannot be reached each
+    service counts for itself."""
 
 
 class Access(Strict):

@@ -92,6 +92,9 @@ FAILURES = Metric("counter", "diffray_failures_total", "Images that failed while
 CANCELLED = Metric(
     "counter", "diffray_cancelled_total", "Images taken back before they were done.", ("model",)
 )
+RATE_STORE_FAILURES = Metric(
+    "counter", "diffray_rate_store_failures_total", "Times that the shared store of rates did not answer."
+)
 REPLAYS = Metric("counter", "diffray_idempotent_replays_total", "Answers given again for the same key.")
 MODEL_LOADS = Metric("counter", "diffray_model_loads_total", "Models read into memory.", ("model",))
 MODEL_HITS = Metric("counter", "diffray_model_hits_total", "Images whose model was in memory.", ("model",))

@@ -1,0 +1,103 @@
+"""Rates that several services count together, in a Redis server."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import fakeredis
+import pytest
+from fakeredis import TcpFakeServer
+from limits.aio.storage.redis.bridge import RedisBridge
+
+from diffray.serve import keys
+from diffray.serve.config import InvalidConfig, ServeConfig
+
+from .ask import Answer, ask
+from .live import Live, live
+from .scripted import Scripted
+
+IMAGES = "/v1/diffray/images"
+
+
+@contextmanager
+def redis() -> Iterator[str]:
+    """A Redis server; its URL."""
+    server = TcpFakeServer(("127.0.0.1", 0))
+    with fakeredis.FakeRedis(server=server.fake_server) as client:
+        # The fake one hangs up after an error, such as that of a script which is not there yet.
+        client.script_load(RedisBridge.SCRIPT_SLIDING_WINDOW)
+        client.script_load(RedisBridge.SCRIPT_ACQUIRE_SLIDING_WINDOW)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    try:
+        yield f"redis://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def services(count: int, storage: str, folder: Path) -> Iterator[tuple[list[Live], str]]:
+    """So many services with one key of 3 requests per hour."""
+    file = folder / "keys.json"
+    token = f"Bearer {keys.add(file, 'team', requests='3/hour')}"
+    config = ServeConfig.checked(
+        {"access": {"keys": str(file)}, "limits": {"storage": storage}, "log": "off"}
+    )
+    with ExitStack() as stack:
+        yield [stack.enter_context(live(config, Scripted)) for _ in range(count)], token
+
+
+def shot(service: Live, token: str) -> Answer:
+    return ask(service.url + IMAGES, {"prompt": "x", "steps": 1}, authorization=token)
+
+
+def test_two_services_share_a_rate(tmp_path: Path) -> None:
+    with redis() as url, services(2, url, tmp_path) as ((one, two), token):
+        assert [shot(service, token).status for service in (one, two, one, two, one)] == [200] * 3 + [429] * 2
+        assert 1 <= int(shot(two, token).headers["retry-after"]) <= 3600
+
+
+def test_without_a_shared_store_each_counts_for_itself(tmp_path: Path) -> None:
+    with services(2, "memory://", tmp_path) as ((one, two), token):
+        assert [shot(service, token).status for service in (one, one, one, one, two)] == [200] * 3 + [
+            429,
+            200,
+        ]
+
+
+def test_a_store_that_goes_away_refuses_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        store = ExitStack()
+        url = store.enter_context(redis())
+        (service,), token = stack.enter_context(services(1, url, tmp_path))
+        assert [shot(service, token).status for _ in range(4)] == [200] * 3 + [429]
+        store.close()
+        with caplog.at_level(logging.ERROR):
+            answers = [shot(service, token) for _ in range(4)]
+        assert [answer.status for answer in answers] == [200] * 3 + [429], "it counts from zero meanwhile"
+        assert sum("store of rates" in record.message for record in caplog.records) == 1
+        failures = ask(service.url + "/metrics").data.decode()
+        assert "diffray_rate_store_failures_total" in failures
+
+
+def test_a_store_that_does_not_answer_is_waited_for_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        with services(1, url, tmp_path) as ((service,), token):
+            begun = time.monotonic()
+            assert shot(service, token).status == 200
+            waited = time.monotonic() - begun
+            assert shot(service, token).status == 200
+            assert 0.5 < waited < 4
+            assert time.monotonic() - begun - waited < 0.5
+
+
+def test_a_store_of_another_kind_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="storage"):
+        ServeConfig.checked({"limits": {"storage": "mongodb://localhost"}})
