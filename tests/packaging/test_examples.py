@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,12 +23,12 @@ ROWS = 3
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Iterator[Path]:
+def work(tmp_path: Path) -> Path:
     """A folder with the examples in it, their input cut to a few rows."""
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     prompts = tmp_path / "examples/prompts.csv"
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[: ROWS + 1]))
-    yield tmp_path
+    return tmp_path
 
 
 def run(work: Path, script: str, *arguments: str) -> str:
