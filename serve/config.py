@@ -136,6 +136,10 @@ class Replicas(Strict):
     ingress_cpus: float = Field(default=0.5, ge=0)
     upscale_seconds: float = Field(default=10.0, ge=0)
     downscale_seconds: float = Field(default=300.0, ge=0)
+    surge_percent: int = Field(default=100, ge=0, le=100)
+    """Share of the replicas that a new version starts beside the old ones, which stop only when these are ready, so
+    that a version which cannot start changes nothing. 0 for a cluster without spare accelerators: old ones stop
+    first."""
     resources: dict[str, float] = {}
     """Further Ray resources, such as {"accelerator_type:L4": 0.001}."""
 

@@ -11,17 +11,21 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, HTTPOptions
+from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from .app import create_app
-from .config import Replicas, ServeConfig
+from .config import InvalidConfig, Replicas, ServeConfig
 from .replica import HandleBackend, Replica, multiplexed
+from .routing import ModelRouter
 from .service import Service, check_access
 
 APPLICATION = "diffray"
 HEALTH_SECONDS = 5.0
+"""Between two health checks; three that fail in a row are the end of a replica."""
+HEALTH_PATIENCE = 10.0
+"""Seconds that a replica may take to answer one: long generations do not keep it from that."""
 DRAIN_MARGIN = 30.0
 """Seconds that a replica may take to stop beyond the longest generation."""
 UNLIMITED = 100_000
@@ -30,11 +34,26 @@ UNLIMITED = 100_000
 
 @serve.ingress()
 class Ingress:
-    """The HTTP side. It has no accelerator, and state only in counters and running requests."""
+    """The HTTP side, without an accelerator.
 
-    def __init__(self, values: dict[str, Any], engines: DeploymentHandle[Any]) -> None:
+    There is one, since one process must know what all clients do at once: the bound of the queue, each client's
+    images at once, its progress and interruptions, answers under an Idempotency-Key, jobs that run. (Fairness
+    between clients and the queue itself are in the engines, results of jobs in the store, rates where
+    `limits.storage` says.) Several services, each with its own limits, may stand behind one address instead.
+
+    It is ready when an engine of its own version is, so that a version whose model cannot be loaded never takes
+    over from the one before.
+    """
+
+    async def __init__(self, values: dict[str, Any], engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        if (count := serve.get_replica_context().world_size) > 1:
+            raise InvalidConfig(
+                f"deployment ingress: got {count} replicas, allowed is 1; engines may be many"
+            )
         config = ServeConfig.checked(values)
-        self.service = Service(config, HandleBackend(config, engines))
+        backend = HandleBackend(config, engines)
+        self.service = Service(config, backend)
+        await backend.started()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)
@@ -42,6 +61,10 @@ class Ingress:
 
 def application(config: ServeConfig) -> serve.Application:
     """What `serve run` and `serve deploy` run.
+
+    With `replicas.min` 0 the last replica goes after `downscale_seconds` without an image. The first image after that
+    waits for one to start, for at most `limits.seconds` (503 with Retry-After then); what asks for a model only, for
+    at most 60 s.  /readyz stays 200 meanwhile. A deployment starts one replica even so, which proves the version.
 
     Raises:
         InvalidConfig: anybody could use the service.
@@ -53,9 +76,16 @@ def application(config: ServeConfig) -> serve.Application:
         "graceful_shutdown_timeout_s": config.limits.seconds + DRAIN_MARGIN,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": HEALTH_SECONDS,
+        "health_check_timeout_s": HEALTH_PATIENCE,
+        "max_surge_percent": scale.surge_percent,
         "logging_config": LoggingConfig(enable_access_log=False),
     }
-    replica: type[Replica] = multiplexed(config.memory.models) if len(config.models) > 1 else Replica
+    several = len(config.models) > 1
+    replica: type[Replica] = multiplexed(config.memory.models) if several else Replica
+    router: dict[str, Any] = {
+        "request_router_class": ModelRouter,
+        "request_router_kwargs": {"busy": scale.target, "models": config.memory.models},
+    }
     engines = serve.deployment(
         name="engines",
         ray_actor_options={
@@ -75,6 +105,7 @@ def application(config: ServeConfig) -> serve.Application:
             downscale_delay_s=scale.downscale_seconds,
             look_back_period_s=max(2.0, min(30.0, scale.upscale_seconds)),
         ),
+        request_router_config=RequestRouterConfig(**router if several else {}),
         **lifetime,
     )(replica)
     ingress = serve.deployment(

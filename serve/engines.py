@@ -31,6 +31,9 @@ T = TypeVar("T")
 log = logging.getLogger("diffray.serve")
 PREVIEW_SIDE = 512
 PREVIEW_QUALITY = 80
+PATIENCE = 0.5
+"""Of the time that one image may take: an engine that makes no step for so long hangs, and its images still have
+time to be made elsewhere."""
 
 
 class Engines:
@@ -196,12 +199,12 @@ class Engines:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     async def check(self) -> None:
-        """Whether images can be made: no engine is broken and the accelerator answers.
+        """Whether images can be made: no engine is broken or hangs, and the accelerator answers.
 
         Waits at most for the steps that run now.
 
         Raises:
-            GenerationError: the default model is not loaded yet, or an engine is broken.
+            GenerationError: the default model is not loaded yet, or an engine is broken or hangs.
             RuntimeError: the accelerator is (torch).
         """
         self.sample()
@@ -210,6 +213,8 @@ class Engines:
         for resident in self.residents:
             if resident.engine.failure is not None:
                 raise GenerationError(f"the engine of {resident.name} stopped: {resident.engine.failure}")
+            if (seconds := resident.standstill()) > PATIENCE * self.config.limits.seconds:
+                raise GenerationError(f"the engine of {resident.name} hangs: no step for {seconds:.0f} s")
         if torch.cuda.is_available():
             await asyncio.to_thread(_touch_accelerator)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -25,6 +26,10 @@ PAUSE = 1.0
 """Seconds before the next attempt after a broken engine, whose replica is found out by its next health check."""
 START_SECONDS = 60.0
 """For which an ingress waits for a replica to start, when there is none."""
+OTHER_VERSION = "other_version"
+"""While a new version is rolled out an ingress meets replicas of two."""
+LOOK_AGAIN = 0.2
+"""Seconds until it asks for one of its own again."""
 
 
 class Replica:
@@ -32,13 +37,15 @@ class Replica:
 
     async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self.config = ServeConfig.checked(values)
+        self.version = version(self.config)
         self.engines = Engines(self.config)
         await self.engines.start()
+        await self.hold(self.config.default_model)
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.run`; Serve cancels it when the ingress does."""
-        if len(self.config.models) > 1:
-            await self.hold(serve.get_multiplexed_model_id())
+        if work.model in self.config.models:
+            await self.hold(work.model)
         events = self.engines.run(work)
         try:
             async for event in events:
@@ -50,13 +57,19 @@ class Replica:
         """Tells Serve's router which models are here; see `multiplexed`."""
         return name
 
-    async def cards(self) -> list[ModelCard]:
-        """See `Backend.cards`."""
+    async def cards(self, version: str) -> list[ModelCard]:
+        """See `Backend.cards`; for an ingress of the same version."""
+        self._compare(version)
         return await self.engines.cards()
 
-    async def model(self, name: str) -> ModelCard:
-        """See `Backend.model`."""
+    async def model(self, version: str, name: str) -> ModelCard:
+        """See `Backend.model`; for an ingress of the same version."""
+        self._compare(version)
         return await self.engines.model(name)
+
+    def _compare(self, version: str) -> None:
+        if version != self.version:
+            raise Refusal(503, OTHER_VERSION, "this replica is of another version")
 
     async def check_health(self) -> None:
         """What Serve asks now and then; a replica that raises is replaced."""
@@ -83,18 +96,28 @@ class HandleBackend:
     def __init__(self, config: ServeConfig, handle: DeploymentHandle[Any]) -> None:
         self._config = config
         self._handle = handle
+        self._version = version(config)
         self._cards: dict[str, ModelCard] = {}
+
+    async def started(self) -> None:
+        """Returns when a replica of this version is up, however long that takes."""
+        while True:
+            try:
+                await self.model(self._config.default_model)
+                return
+            except Refusal:
+                await asyncio.sleep(LOOK_AGAIN)
 
     async def cards(self) -> list[ModelCard]:
         """See `Backend.cards`."""
-        cards: list[ModelCard] = await self._ask("cards")
+        cards: list[ModelCard] = await self._ask("cards", self._version)
         self._cards |= {card.name: card for card in cards}
         return cards
 
     async def model(self, name: str) -> ModelCard:
         """See `Backend.model`. What a model is does not change, so each is asked for once."""
         if name not in self._cards:
-            self._cards[name] = await self._ask("model", name)
+            self._cards[name] = await self._ask("model", self._version, name)
         return self._cards[name]
 
     async def check(self) -> None:
@@ -104,15 +127,16 @@ class HandleBackend:
             await self._ask("check_health")
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        for attempt in range(ATTEMPTS):
+        deadline = asyncio.get_running_loop().time() + START_SECONDS
+        attempts = Attempts(self._config)
+        while True:
             try:
-                async with asyncio.timeout(START_SECONDS):
+                async with asyncio.timeout_at(deadline):
                     return await getattr(self._handle, method).remote(*arguments)
             except TimeoutError:
                 raise starting() from None
             except (RayActorError, RayTaskError) as error:
-                await self._again(error, attempt)
-        raise AssertionError("the last attempt raises")
+                await attempts.after(error)
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.run`."""
@@ -120,8 +144,9 @@ class HandleBackend:
         seconds = most if work.seconds is None else min(work.seconds, most)
         deadline = asyncio.get_running_loop().time() + seconds
         run = self._handle.options(stream=True, multiplexed_model_id=work.model).run
+        attempts = Attempts(self._config, work.model)
         reached = -1
-        for attempt in range(ATTEMPTS):
+        while True:
             response: Any = run.remote(work)
             try:
                 while True:
@@ -142,22 +167,40 @@ class HandleBackend:
             except BackPressureError:
                 raise Refusal(503, "queue_full", "too many images wait already", retry_after=5) from None
             except (RayActorError, RayTaskError) as error:
-                await self._again(error, attempt)
+                await attempts.after(error)
             finally:
                 response.cancel()
 
-    async def _again(self, error: Exception, attempt: int) -> None:
+
+class Attempts:
+    """How often one thing was tried, on whichever replicas."""
+
+    def __init__(self, config: ServeConfig, model: str | None = None) -> None:
+        self._known = model in config.models
+        self._left = ATTEMPTS
+
+    async def after(self, error: Exception) -> None:
         """Returns when another attempt makes sense; else raises what a client may know."""
         cause = error.cause if isinstance(error, RayTaskError) else error
-        broken = isinstance(cause, Refusal) and cause.code == "engine_broken"
-        if isinstance(cause, DiffrayError) and not (broken and attempt + 1 < ATTEMPTS):
+        code = cause.code if isinstance(cause, Refusal) else ""
+        if code == OTHER_VERSION or (code == "model_not_found" and self._known):
+            await asyncio.sleep(LOOK_AGAIN)  # there is a deadline
+            return
+        self._left -= 1
+        broken = code == "engine_broken"
+        if isinstance(cause, DiffrayError) and not (broken and self._left):
             raise cause from None
         if not isinstance(cause, RayActorError | Refusal):
             raise error
-        if attempt + 1 == ATTEMPTS:
+        if not self._left:
             raise Refusal(503, "replica_lost", "the replica was lost, try again", retry_after=2) from None
         metrics.RETRIES.add()
         await asyncio.sleep(PAUSE if broken else 0.1)
+
+
+def version(config: ServeConfig) -> str:
+    """What tells one version of a service from another: all that it is made with."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def starting() -> Refusal:

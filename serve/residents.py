@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +49,15 @@ class Resident:
     bytes: int
     users: int = 0
     leaving: bool = False
+    _ticks: int = -1
+    _since: float = 0.0
+
+    def standstill(self) -> float:
+        """Seconds without a step although images wait, as far as this was called meanwhile."""
+        now, engine = time.monotonic(), self.engine
+        if self._ticks != engine.ticks or not (engine.waiting or engine.running):
+            self._ticks, self._since = engine.ticks, now
+        return now - self._since
 
 
 Loader = Callable[[str, ModelEntry], Resident]
