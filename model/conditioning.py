@@ -58,7 +58,7 @@ def condition(model: Model, request: ImageRequest, extra: Tensor | None, label: 
     """
     scale = request.guidance_scale or 0.0
     distilled = model.config.unet.guidance_dim
-    positive, negative = _texts(model, request)
+    positive, negative = encode_prompts(model, request)
     embedding = None if distilled is None else guidance_embedding(scale - 1, distilled).to(model.device)
     level = None if label is None else torch.tensor(label, device=model.device)
     first = Branch(positive.context, _added(model, request, positive, positive=True), level, embedding, extra)
@@ -78,17 +78,21 @@ def guided(model: Model, request: ImageRequest) -> bool:
     return (request.guidance_scale or 0.0) > 1 and model.config.unet.guidance_dim is None
 
 
-def _texts(model: Model, request: ImageRequest) -> tuple[Encoded, Encoded | None]:
+def encode_prompts(model: Model, request: ImageRequest) -> tuple[Encoded, Encoded | None]:
     """Prompt and negative prompt, equally long; None without guidance."""
     text, skip = model.text, request.clip_skip
-    positive = text.encode(request.prompt, skip)
+    own = model.adapters.of_text(request.adapters)
+    positive = text.encode(request.prompt, skip, own)
     if not guided(model, request):
         return positive, None
     if request.negative_prompt is None and model.config.zero_empty_negative:
         return positive, text.zeros(positive.chunks)
     words = request.negative_prompt or ""
-    chunks = max(positive.chunks, text.encode(words, skip).chunks)
-    return text.encode_padded(request.prompt, chunks, skip), text.encode_padded(words, chunks, skip)
+    chunks = max(positive.chunks, text.encode(words, skip, own).chunks)
+    return (
+        text.encode_padded(request.prompt, chunks, skip, own),
+        text.encode_padded(words, chunks, skip, own),
+    )
 
 
 def _added(model: Model, request: ImageRequest, text: Encoded, *, positive: bool) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 Every tick takes the images of one bucket, runs the network once on all their branches, moves each image by
 one row of its own sampler table, lets finished images leave and waiting ones join. Images with any mix of
-samplers, step counts, guidance and tasks share a call; nobody waits for a stranger's steps.
+samplers, step counts, guidance and tasks share a call; nobody waits for a stranger's steps. Size, text length
+and adapters make the bucket: its adapters are merged into the weights before its call (`adapters/merging.py`).
 
 The network is always called with the same number of rows (short calls are padded), text is encoded and
 latents are decoded one image at a time: so an image's bytes do not depend on its batch mates, its slot or
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from threading import Lock, RLock, Thread, current_thread
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .conditioning import encode_prompts
 from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError
 from .images import pasted, to_image
 from .latents import checked_latents, checked_size, decode, latents_of, ordinary, picture_of
@@ -90,7 +92,7 @@ class Engine:
         self._stepping = RLock()
         self._ready: deque[tuple[Ticket, Prepared]] = deque()
         """Second passes whose bucket is full."""
-        self._buckets: dict[tuple[int, ...], Bucket] = {}
+        self._buckets: dict[Hashable, Bucket] = {}
         self._finished: deque[tuple[Ticket, Prepared, Tensor]] = deque()
         self._ticks = 0
         self._starting = Lock()
@@ -145,6 +147,18 @@ class Engine:
                 ticket.cancel()
             raise
         return [ticket.future.result() for ticket in tickets]
+
+    def prefetch(self, request: ImageRequest) -> None:
+        """Have a request's prompts encoded now, in the calling thread, so that the engine does not wait for them.
+
+        Only where they are encoded elsewhere (`load_model(text=...)`); else this does nothing.
+
+        Raises:
+            InvalidRequest: a value does not fit this model.
+            Exception: what the encoder raises.
+        """
+        if self.model.text.elsewhere is not None:
+            encode_prompts(self.model, checked(self.model, request)[0])
 
     def encode(
         self,
@@ -210,7 +224,7 @@ class Engine:
         return self
 
     def close(self) -> None:
-        """Finish what was submitted, then stop the background thread."""
+        """Finish what was submitted, then stop the background thread and take adapters out of the weights."""
         with self._starting:
             self._queue.close()
             thread = self._thread
@@ -219,6 +233,8 @@ class Engine:
                 pass
         elif thread is not current_thread():
             thread.join()
+        with self._stepping:
+            self.model.adapters.restore()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -360,7 +376,7 @@ class Engine:
             if prepared is not None:
                 self._place(ticket, prepared)
 
-    def _fits(self, key: tuple[int, ...]) -> bool:
+    def _fits(self, key: Hashable) -> bool:
         return key not in self._buckets or not self._buckets[key].full
 
     def _has_room(self) -> bool:
@@ -372,7 +388,7 @@ class Engine:
         key = prepared.bucket
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[key] = Bucket((key[0], key[1], key[2]), self.batch_size, self.model.device)
+            bucket = self._buckets[key] = Bucket(prepared, self.batch_size)
             bucket.served = self._ticks
         if bucket.full:
             self._ready.append((ticket, prepared))
@@ -381,13 +397,22 @@ class Engine:
             bucket.add(ticket, prepared)
 
     def _next_bucket(self) -> Bucket | None:
-        """The fullest bucket, unless some have starved: then the one that waits longest."""
+        """The fullest bucket, unless some have starved: then the one that waits longest.
+
+        Among equally full ones, that whose adapters the network has already.
+        """
         if not self._buckets:
             return None
+        merged = self.model.adapters.in_unet_now
 
-        def urgency(bucket: Bucket) -> tuple[int, int, int]:
+        def urgency(bucket: Bucket) -> tuple[int, int, bool, int]:
             waited = self._ticks - bucket.served
-            return (waited if waited > STARVATION else 0, len(bucket.slots), waited)
+            return (
+                waited if waited > STARVATION else 0,
+                len(bucket.slots),
+                bucket.adapters == merged,
+                waited,
+            )
 
         bucket = max(self._buckets.values(), key=urgency)
         bucket.served = self._ticks
@@ -395,9 +420,9 @@ class Engine:
 
     def _denoise(self, bucket: Bucket) -> None:
         try:
-            advance(bucket, self.network, self.model.config.noise.prediction_type)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
+            with self.model.adapters.in_unet(bucket.adapters):
+                advance(bucket, self.network, self.model.config.noise.prediction_type)
+        except (torch.cuda.OutOfMemoryError, CheckpointError) as error:
             for slot in list(bucket.slots):
                 bucket.remove(slot)
                 self._queue.settle(slot.ticket, _own(error, "denoise", slot.prepared.request))

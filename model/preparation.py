@@ -7,6 +7,7 @@ sample of the masked image, then one draw per sampler row that takes noise.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .adapters.choices import AdapterChoice
 from .conditioning import Conditioning, condition, guided
 from .config import ModelConfig, NoiseConfig
 from .errors import InvalidRequest
@@ -51,14 +53,16 @@ class Prepared:
     x: Tensor
     generator: torch.Generator
     blend: Blend | None
+    adapters: tuple[AdapterChoice, ...]
+    """Those of the request that change the UNet."""
 
     @property
-    def bucket(self) -> tuple[int, ...]:
+    def bucket(self) -> Hashable:
         """Images with equal buckets can share a network call."""
-        return (*self.x.shape, len(self.conditioning.branches[0].context))
+        return (*self.x.shape, len(self.conditioning.branches[0].context), self.adapters)
 
 
-def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int, tuple[int, ...]]:
+def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int, Hashable]:
     """A request resolved against the model, its steps in all passes, and the bucket of its first pass.
 
     Raises:
@@ -80,7 +84,8 @@ def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int, tup
         raise InvalidRequest("clip_skip", f"got {resolved.clip_skip}, this model allows 0..{most}")
     if guided(model, resolved):
         chunks = max(chunks, negative)
-    return resolved, steps, (*_latent_shape(model, resolved), chunks * model.text.positions)
+    adapters = model.adapters.of_unet(resolved.adapters)
+    return resolved, steps, (*_latent_shape(model, resolved), chunks * model.text.positions, adapters)
 
 
 @torch.inference_mode()
@@ -93,7 +98,9 @@ def prepare(model: Model, request: ImageRequest, generator: torch.Generator | No
 
     Raises:
         InvalidRequest: a value that only now turns out not to fit (strength leaves no step, unknown sampler).
+        CheckpointError: an adapter's file turns out to be broken.
     """
+    model.adapters.load(request.adapters)
     table = table_for(model, request)
     draw = Draw(generator or torch.Generator().manual_seed(request.seed), model.device)
     shape = _latent_shape(model, request)
@@ -123,7 +130,8 @@ def prepare(model: Model, request: ImageRequest, generator: torch.Generator | No
     if blended and mask is not None and start is not None:
         blend = Blend(_latent_mask(mask, shape), start, noise)
         draw(shape)  # diffusers encodes the masked image here too, for nothing but the noise it takes
-    return Prepared(request, table, condition(model, request, extra, label), x, draw.generator, blend)
+    conditioning, adapters = condition(model, request, extra, label), model.adapters.of_unet(request.adapters)
+    return Prepared(request, table, conditioning, x, draw.generator, blend, adapters)
 
 
 def refinement(first: ImageRequest, config: ModelConfig) -> ImageRequest | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from heapq import heappop, heappush
 from itertools import count
@@ -36,10 +36,10 @@ class Queue:
         self._changed = Condition()
         self._live: set[Ticket] = set()
         self._waiting: set[Ticket] = set()
-        self._kinds: Counter[tuple[int, ...]] = Counter()
+        self._kinds: Counter[Hashable] = Counter()
         """How many tickets of each bucket wait."""
         self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._lines: dict[str, dict[tuple[int, ...], deque[Ticket]]] = {}
+        self._lines: dict[str, dict[Hashable, deque[Ticket]]] = {}
         """What each client waits for, by bucket; none is empty."""
         self._ends: dict[str, float] = {}
         """Virtual time up to which each client has been served."""
@@ -110,7 +110,7 @@ class Queue:
                 return work, future
         return None
 
-    def take(self, fits: Callable[[tuple[int, ...]], bool] = lambda bucket: True) -> Ticket | None:
+    def take(self, fits: Callable[[Hashable], bool] = lambda bucket: True) -> Ticket | None:
         """The next one whose turn it is among those whose bucket fits; None when none does."""
         with self._changed:
             buckets = {bucket for bucket in self._kinds if fits(bucket)}
@@ -129,7 +129,7 @@ class Queue:
             self._forget()
             return taken
 
-    def _first(self, client: str, buckets: set[tuple[int, ...]]) -> Ticket | None:
+    def _first(self, client: str, buckets: set[Hashable]) -> Ticket | None:
         """The client's oldest ticket in one of the buckets; its line is dropped when nobody stands in it."""
         lines = self._lines[client]
         for bucket, line in list(lines.items()):

@@ -1,4 +1,4 @@
-"""The state of images that are being denoised together: one bucket of equal latent shape and text length.
+"""The state of images that are being denoised together: one bucket of equal latent shape, text length and adapters.
 
 A bucket keeps the solver state of its images in one tensor [slots, 6, C, h, w]: x, the saved x, three pushed
 entries and the previous noise (see `samplers.py`). One call of `advance` moves them all by one table row
@@ -62,10 +62,15 @@ class Slot:
 
 
 class Bucket:
-    """Images of one latent shape and text length, at most `capacity` at a time."""
+    """Images of one latent shape, text length and set of adapters, at most `capacity` at a time.
 
-    def __init__(self, shape: tuple[int, int, int], capacity: int, device: torch.device) -> None:
-        self.state = torch.zeros((capacity, 6, *shape), device=device)
+    Attributes:
+        adapters: what the UNet is to be merged with.
+    """
+
+    def __init__(self, like: Prepared, capacity: int) -> None:
+        self.state = like.x.new_zeros((capacity, 6, *like.x.shape), dtype=torch.float32)
+        self.adapters = like.adapters
         self.slots: list[Slot] = []
         self.served = 0
         self._free = list(range(capacity))[::-1]

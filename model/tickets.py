@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +67,7 @@ class Ticket:
     weight: float = 1.0
     listener: Callable[[], None] | None = None
     _model: Any = None
-    _bucket: tuple[int, ...] = ()
+    _bucket: Hashable = ()
     _place: int = 0
     _withdrawn: deque[Ticket] = field(default_factory=deque)
     _since: float = 0.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Self
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from ..adapters.choices import AdapterChoice
 from ..config import TextConfig
 from ..errors import CheckpointError, InvalidRequest
 from ..prompt import MAX_WEIGHT, Chunk, chunk, empty_chunk
 from .tokenizer import ClipTokenizer
 
+Choices = tuple[AdapterChoice, ...]
+CacheKey = tuple[str, int, Choices]
 IGNORED_KEYS = frozenset({"embeddings.position_ids", "logit_scale"})
 """In some checkpoints, without effect: a counter 0..76 (half precision in a few), and CLIP's loss scale."""
 
@@ -43,6 +47,21 @@ class Encoded:
     context: Tensor
     pooled: Tensor | None
     chunks: int
+
+    def to(self, like: Tensor) -> Encoded:
+        """The same on the device of `like`.
+
+        Raises:
+            CheckpointError: it has another dtype: what encoded it is not what the network expects.
+        """
+        if self.context.dtype != like.dtype:
+            raise CheckpointError(f"encoded prompt: got {self.context.dtype}, the model has {like.dtype}")
+        pooled = None if self.pooled is None else self.pooled.to(like.device)
+        return Encoded(self.context.to(like.device), pooled, self.chunks)
+
+
+Encode = Callable[[str, int, Choices], Encoded]
+"""`TextEncoder.encode` somewhere else; the result may be on any device."""
 
 
 def hf_config(config: TextConfig) -> CLIPTextConfig:
@@ -97,6 +116,7 @@ class TextEncoder(nn.Module):
         configs: one per tower, in the order in which their features are joined.
         tokenizers: one per tower; towers may share one.
         weighting: read weights and BREAK in prompts (`prompt.py`), else take all text literally.
+        elsewhere: encodes in place of the towers, which are then not built.
         cache_chunks: bound of the cache, in chunks of all cached prompts together.
 
     Raises:
@@ -109,6 +129,7 @@ class TextEncoder(nn.Module):
         tokenizers: Sequence[ClipTokenizer],
         *,
         weighting: bool = True,
+        elsewhere: Encode | None = None,
         cache_chunks: int = 256,
     ) -> None:
         super().__init__()
@@ -119,8 +140,13 @@ class TextEncoder(nn.Module):
         self.positions = configs[0].positions
         self.context_dim = sum(config.hidden for config in configs)
         self.pooled_dim = configs[-1].projection_dim
-        self.towers = nn.ModuleList(build_tower(config) for config in configs)
+        self.towers = nn.ModuleList(build_tower(config) for config in configs if elsewhere is None)
+        self.elsewhere = elsewhere
+        self._like: Tensor  # is where encoded prompts are, and has their dtype
+        self.register_buffer("_like", torch.empty(0, device="cpu"), persistent=False)
         self.cache = Cache(cache_chunks)
+        self.adapted: Callable[[Choices], AbstractContextManager[object]] = nullcontext
+        """Merges adapters into the towers for as long as it lasts; set by who has some (`Adapters`)."""
 
     def tokenize(self, prompt: str, field: str = "prompt") -> list[tuple[Chunk, ...]]:
         """The chunks of `prompt` per tower, equally many for each; no network is run.
@@ -138,38 +164,43 @@ class TextEncoder(nn.Module):
         empty = [empty_chunk(tokenizer, size, config.pad_id) for tokenizer, config in towers]
         return [own + (none,) * (most - len(own)) for own, none in zip(chunks, empty, strict=True)]
 
-    def encode(self, prompt: str, clip_skip: int = 0) -> Encoded:
+    def encode(self, prompt: str, clip_skip: int = 0, adapters: Choices = ()) -> Encoded:
         """The conditioning of one prompt, from the cache if it was encoded before.
 
         Args:
             clip_skip: blocks left out at the end, counted from the family's own choice of layer.
+            adapters: those that change the towers.
 
         Raises:
             InvalidRequest: the prompt is too long, or a tower has no block left after `clip_skip`.
         """
-        found = self.cache.get((prompt, clip_skip))
+        key = (prompt, clip_skip, adapters)
+        found = self.cache.get(key)
         if found is None:
-            found = self._encode(prompt, clip_skip)
-            self.cache.put((prompt, clip_skip), found)
+            if self.elsewhere is not None:
+                found = self.elsewhere(prompt, clip_skip, adapters).to(self._like)
+            else:
+                with self.adapted(adapters):
+                    found = self._encode(prompt, clip_skip)
+            self.cache.put(key, found)
         return found
 
-    def encode_padded(self, prompt: str, chunks: int, clip_skip: int = 0) -> Encoded:
+    def encode_padded(self, prompt: str, chunks: int, clip_skip: int = 0, adapters: Choices = ()) -> Encoded:
         """`encode`, followed by encoded empty chunks until there are at least `chunks`.
 
         That makes the positive and the negative prompt equally long; pooled does not change.
         """
-        encoded = self.encode(prompt, clip_skip)
+        encoded = self.encode(prompt, clip_skip, adapters)
         missing = chunks - encoded.chunks
         if missing <= 0:
             return encoded
-        empty = self.encode("", clip_skip).context
+        empty = self.encode("", clip_skip, adapters).context
         return Encoded(torch.cat([encoded.context, *[empty] * missing]), encoded.pooled, chunks)
 
     def zeros(self, chunks: int = 1) -> Encoded:
         """All zeros in the shape of an encoded prompt: SDXL's absent negative prompt."""
-        weight = next(self.parameters())
-        context = weight.new_zeros(chunks * self.positions, self.context_dim)
-        pooled = None if self.pooled_dim is None else weight.new_zeros(self.pooled_dim)
+        context = self._like.new_zeros(chunks * self.positions, self.context_dim)
+        pooled = None if self.pooled_dim is None else self._like.new_zeros(self.pooled_dim)
         return Encoded(context, pooled, chunks)
 
     def forward(
@@ -192,7 +223,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, prompt: str, clip_skip: int) -> Encoded:
-        device = next(self.parameters()).device
+        device = self._like.device
         contexts: list[Tensor] = []
         pooled: Tensor | None = None
         per_chunk = list(zip(*self.tokenize(prompt), strict=True))  # one tuple of the towers' chunks each
@@ -217,14 +248,15 @@ class TextEncoder(nn.Module):
 class Cache:
     """Least recently used encoded prompts, at most `limit` chunks together. Safe to share between threads.
 
-    Must be cleared when the towers' weights change in place. Copies and pickles of it are empty.
+    Must be cleared when the towers' weights change in place; adapters are in its keys. Copies and pickles of it
+    are empty.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.hits = 0
         self.misses = 0
-        self._entries: OrderedDict[tuple[str, int], Encoded] = OrderedDict()
+        self._entries: OrderedDict[CacheKey, Encoded] = OrderedDict()
         self._chunks = 0
         self._lock = Lock()
 
@@ -234,8 +266,8 @@ class Cache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: tuple[str, int]) -> Encoded | None:
-        """What was put under `key` (prompt, clip_skip), if it is still there."""
+    def get(self, key: CacheKey) -> Encoded | None:
+        """What was put under `key` (prompt, clip_skip, adapters), if it is still there."""
         with self._lock:
             found = self._entries.get(key)
             if found is None:
@@ -245,7 +277,7 @@ class Cache:
             self._entries.move_to_end(key)
             return found
 
-    def put(self, key: tuple[str, int], encoded: Encoded) -> None:
+    def put(self, key: CacheKey, encoded: Encoded) -> None:
         """Keeps `encoded`, and drops the entries not used for longest if they no longer fit."""
         with self._lock:
             if key in self._entries:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.merging import Adapters, open_adapters
+from ..adapters.adapter import fitting_adapters
+from ..adapters.merging import Adapters
 from ..config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ..errors import CheckpointError
 from ..networks.taesd import TinyDecoder, load_decoder
-from ..networks.text import TextEncoder, tower_key
+from ..networks.text import Encode, TextEncoder, tower_key
 from ..networks.unet import UNet
 from ..networks.vae import Autoencoder
 from .blueprint import Blueprint, recognise
@@ -76,6 +77,7 @@ def load_model(
     vae: str | None = None,
     taesd: str | None = None,
     adapters: Mapping[str, str] | None = None,
+    text: Encode | None = None,
     **options: Any,
 ) -> Model:
     """Reads a checkpoint, strictly.
@@ -89,32 +91,33 @@ def load_model(
         vae: source of an autoencoder to use instead of the checkpoint's.
         taesd: source of a TAESD decoder for previews.
         adapters: name to source of LoRAs and their relatives that requests may ask for.
+        text: encodes prompts in place of the checkpoint's towers, then not loaded; see `load_texts`.
         options: see `families.Options`.
 
     Raises:
         CheckpointError: it cannot be found, read, recognised or filled completely.
         UnsafeCheckpoint: it is a pickle.
     """
-    place = _device(device)
-    wanted = _dtype(dtype, place)
+    place = place_for(device)
+    wanted = dtype_for(dtype, place)
     checkpoint = open_checkpoint(resolve(source))
     blueprint = recognise(checkpoint, Options.of(options), None if vae is None else stored_vae(vae))
     problems = blueprint.problems()
     problems.check(checkpoint.path)
+    fitting = fitting_adapters(adapters or {}, blueprint)
     config = blueprint.config
     upcast = vae_dtype == "auto" and wanted == torch.float16 and config.vae.force_upcast
-    vae_type = torch.float32 if upcast else wanted if vae_dtype == "auto" else _dtype(vae_dtype, place)
+    vae_type = torch.float32 if upcast else wanted if vae_dtype == "auto" else dtype_for(vae_dtype, place)
     model = Model(
         config=config,
         unet=_unet(blueprint, problems, place, wanted),
         vae=_vae(blueprint, problems, place, vae_type),
-        text=_text(blueprint, problems, place, wanted),
+        text=text_encoder(blueprint, problems, place, wanted, text),
         preview=None if taesd is None else load_decoder(resolve(taesd), config.vae.latent_channels),
         device=place,
         dtype=wanted,
         source=str(source),
         checkpoint=checkpoint,
-        adapters=Adapters(open_adapters(adapters or {})),
     )
     problems.check(checkpoint.path)
     if model.preview is not None:
@@ -124,6 +127,7 @@ def load_model(
             network.eval().requires_grad_(False)
     for part in blueprint.parts.values():
         part.stored.weights.close()
+    model.adapters = Adapters(fitting, model.unet, model.text, text_parts(blueprint))
     return model
 
 
@@ -139,11 +143,12 @@ def model_config(
     Raises:
         CheckpointError: it cannot be found, read or recognised, or an adapter does not fit it.
     """
-    open_adapters(adapters or {})
     known = Options.of(
         {k: v for k, v in options.items() if k not in ("dtype", "device", "vae_dtype", "taesd")}
     )
-    return recognise(open_checkpoint(resolve(source)), known, None if vae is None else stored_vae(vae)).config
+    blueprint = recognise(open_checkpoint(resolve(source)), known, None if vae is None else stored_vae(vae))
+    fitting_adapters(adapters or {}, blueprint)
+    return blueprint.config
 
 
 def stored_vae(source: str) -> Stored:
@@ -186,11 +191,24 @@ def _vae(blueprint: Blueprint, problems: Problems, device: torch.device, dtype: 
     return network
 
 
-def _text(blueprint: Blueprint, problems: Problems, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    parts = [part for part in blueprint.parts.values() if isinstance(part.config, TextConfig)]
+def text_parts(blueprint: Blueprint) -> list[str]:
+    """The names of the text encoders, in order."""
+    return [name for name, part in blueprint.parts.items() if isinstance(part.config, TextConfig)]
+
+
+def text_encoder(
+    blueprint: Blueprint,
+    problems: Problems,
+    device: torch.device,
+    dtype: torch.dtype,
+    elsewhere: Encode | None = None,
+) -> TextEncoder:
+    """The text encoder, filled, unless its towers are elsewhere."""
+    parts = [blueprint.parts[name] for name in text_parts(blueprint)]
+    tokenizers = [blueprint.tokenizers[part.name] for part in parts]
     with torch.device("meta"):
-        network = TextEncoder(blueprint.config.text, [blueprint.tokenizers[part.name] for part in parts])
-    for part, tower in zip(parts, network.towers, strict=True):
+        network = TextEncoder(blueprint.config.text, tokenizers, elsewhere=elsewhere)
+    for part, tower in zip(parts, network.towers, strict=elsewhere is None):
         assert isinstance(part.config, TextConfig)
         names = {tower_key(key, part.config): (key,) for key in part.shapes}
         _fill(
@@ -201,7 +219,7 @@ def _text(blueprint: Blueprint, problems: Problems, device: torch.device, dtype:
             dtype,
             {name: keys for name, keys in names.items() if name is not None},
         )
-    return network.to(device)
+    return network.to(device, dtype)
 
 
 def _fill(
@@ -227,13 +245,15 @@ def _place(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> T
     return joined.to(device, dtype, copy=len(tensors) == 1, memory_format=layout)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def place_for(device: str | torch.device) -> torch.device:
+    """The device that is meant; "auto" is CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def dtype_for(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that is meant; "auto" is what the device computes in."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
