@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,10 @@ Guidance = Annotated[float | None, typer.Option("--guidance-scale", help="Classi
 Sampler = Annotated[str | None, typer.Option(help="Sampler name.")]
 Schedule = Annotated[str | None, typer.Option(help="Noise schedule name.")]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", help="What to keep out.")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="LoRA or the like, as [NAME=]SOURCE[:WEIGHT]; repeat it."),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any other request field, as FIELD=VALUE.")]
 
 
@@ -27,6 +32,35 @@ def request_fields(*, set: list[str] | None, **named: Any) -> dict[str, Any]:
             raise typer.BadParameter(f"--set {name}: given twice")
         fields[name] = value
     return fields
+
+
+def adapter_sources(texts: list[str] | None) -> tuple[dict[str, str], dict[str, float]]:
+    """Sources and weights by name, from `--adapter [NAME=]SOURCE[:WEIGHT]`.
+
+    Without a name it is that of the file, without its ending; without a weight that is 1.
+    """
+    sources: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    for text in texts or []:
+        given, equals, source = text.partition("=")
+        name = given if equals and not set(given) & set("/:.") else None
+        source, weight = source if name is not None else text, 1.0
+        head, colon, tail = source.rpartition(":")
+        if colon and (number := _number(tail)) is not None:
+            source, weight = head, number
+        if name is None:
+            name = PurePath(source.partition("#")[0].partition("@")[0]).name.removesuffix(".safetensors")
+        if name in sources:
+            raise typer.BadParameter(f"--adapter {text}: {name} is given twice")
+        sources[name], weights[name] = source, weight
+    return sources, weights
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def pairs(option: str, texts: list[str] | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .fields import (
+    Adapter,
     Device,
     Dtype,
     Guidance,
@@ -20,6 +21,7 @@ from .fields import (
     Set,
     Steps,
     Width,
+    adapter_sources,
     request_fields,
 )
 from .outcome import FAILED, reported
@@ -45,6 +47,7 @@ def sample(
     sampler: Sampler = None,
     schedule: Schedule = None,
     negative_prompt: Negative = None,
+    adapter: Adapter = None,
     set: Set = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -66,11 +69,18 @@ def sample(
             negative_prompt=negative_prompt,
             set=set,
         )
-        request: ImageRequest = request_from({"prompt": prompt, "seed": seed, **fields})
+        sources, weights = adapter_sources(adapter)
+        request: ImageRequest = request_from(
+            {"prompt": prompt, "seed": seed, "adapters": list(weights.items()), **fields}
+        )
         format_of(output)  # before anything is loaded
-        engine = Engine(load_model(model, device=device, dtype=dtype))
-        name, checksum = shown_name(model), engine.model.checksum
-        engine.generate([request])[0].save(output, model=name, model_checksum=checksum)
+        own = load_model(model, device=device, dtype=dtype, adapters=sources)
+        Engine(own).generate([request])[0].save(
+            output,
+            model=shown_name(model),
+            model_checksum=own.checksum,
+            adapter_checksums=own.adapters.checksums(),
+        )
         typer.echo(output)
 
 

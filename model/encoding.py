@@ -17,6 +17,7 @@ import io
 import json
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
@@ -81,6 +82,7 @@ def encode_image(
     quality: int = 92,
     model: str | None = None,
     model_checksum: str | None = None,
+    adapter_checksums: Mapping[str, str] | None = None,
 ) -> bytes:
     """The image file. Thread safe; most of its time is spent outside the interpreter's lock.
 
@@ -91,14 +93,19 @@ def encode_image(
         quality: 1..100, of jpeg and webp; webp at 100 is lossless.
         model: the checkpoint's name.
         model_checksum: SHA-256 of the checkpoint.
+        adapter_checksums: SHA-256 of adapters by name (`Adapters.checksums`); those of the request are written.
 
     Raises:
         ValueError, OSError: the format cannot hold the picture (a JPEG side above 65,535, WebP above 16,383).
     """
     if format not in MEDIA_TYPES:
         raise ValueError(f"format: got {format!r}, allowed is one of {', '.join(MEDIA_TYPES)}")
-    text = _clean(infotext(request, model=model, model_hash=model_checksum))
+    used = {choice.name for choice in request.adapters}
+    checksums = {name: own for name, own in (adapter_checksums or {}).items() if name in used}
+    text = infotext(request, model=model, model_hash=model_checksum, adapter_hashes=checksums)
+    text = _clean(text)
     facts = request.parameters() | {"model": model, "model_checksum": model_checksum}
+    facts |= {"adapters": facts["adapters"] or None, "adapter_checksums": checksums or None}
     parameters = json.dumps({k: v for k, v in facts.items() if v is not None})
     composite = request.init_image is not None
     sink = io.BytesIO()

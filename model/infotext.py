@@ -4,6 +4,9 @@
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Version: diffray 0.1.0
 
+Adapters are `<lora:name:weight>` tags behind the prompt (`prompt_adapters` takes them out again), and their hashes
+a pair of the last line.
+
 Names, order and quoting follow its `infotext_utils.py` and `processing.py` (1.10). The form is lossy: outer
 white space is stripped, and a prompt with a line that starts with "Negative prompt:" splits there. What must
 come back exactly is kept beside it as JSON, see `encoding.py`.
@@ -13,8 +16,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
 
+from .adapters.choices import adapter_tags
 from .errors import InvalidRequest
 from .request import ImageRequest
 from .sampling.sampler_names import resolve_sampler, resolve_schedule
@@ -63,13 +68,21 @@ _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
 
 
-def infotext(request: ImageRequest, *, model: str | None = None, model_hash: str | None = None) -> str:
+def infotext(
+    request: ImageRequest,
+    *,
+    model: str | None = None,
+    model_hash: str | None = None,
+    adapter_hashes: Mapping[str, str] | None = None,
+) -> str:
     """The parameters of a resolved request.
 
     Args:
         request: as the engine resolved it; what it leaves open is left out.
         model: the checkpoint's name.
         model_hash: SHA-256 of its file; the first ten digits are written.
+        adapter_hashes: name to SHA-256 of the file of each adapter; those of the request's are written, ten digits
+            of each, by which Civitai finds them. AUTOMATIC1111 itself hashes the file without its header.
     """
     sampler, schedule = _sampler_labels(request)
     pairs = {
@@ -86,9 +99,10 @@ def infotext(request: ImageRequest, *, model: str | None = None, model_hash: str
         "RNG": "CPU",
         "Eta": request.eta,
         **(_hires(request) if request.hires_scale else {}),
+        "Lora hashes": _lora_hashes(request, adapter_hashes or {}),
         "Version": f"diffray {version('diffray')}",
     }
-    lines = [request.prompt]
+    lines = [" ".join(filter(None, (request.prompt, adapter_tags(request.adapters))))]
     if request.negative_prompt:
         lines.append(f"{_NEGATIVE} {request.negative_prompt}")
     lines.append(
@@ -129,6 +143,11 @@ def _sampler_labels(request: ImageRequest) -> tuple[str | None, str | None]:
         return SAMPLER_LABELS[sampler], None
     known = schedule if schedule in SCHEDULE_LABELS else schedule.partition("_")[2]  # "leading_karras"
     return SAMPLER_LABELS[sampler], SCHEDULE_LABELS[known]
+
+
+def _lora_hashes(request: ImageRequest, hashes: Mapping[str, str]) -> str | None:
+    names = [choice.name for choice in request.adapters if choice.name in hashes]
+    return ", ".join(f"{name}: {hashes[name][:10]}" for name in names) or None
 
 
 def _hires(request: ImageRequest) -> dict[str, object]:

@@ -41,7 +41,7 @@ class Result:
     def save(self, path: Any, **options: Any) -> None:
         """Write the picture to `path` as PNG, JPEG or WebP, with how it was made inside.
 
-        `options` are those of `encode_image`: `quality`, and name and checksum of the model.
+        `options` are those of `encode_image`: `quality`, name and checksum of the model, checksums of adapters.
         """
         if self.image is None:
             raise GenerationError("save: this result holds latents, not an image")

@@ -353,7 +353,7 @@ def test_previews() -> None:
     engine.step()
     first = ticket.preview()
     assert first is not None
-    assert (first.size, first.mode) == ((5, 3), "RGB")
+    assert (first.size, first.mode) == ((40, 24), "RGB")
     engine.step()
     second = ticket.preview()
     assert second is not None
