@@ -49,6 +49,15 @@ OPTIONS = (
     JobOption(
         "models", _option(list[str] | None, "One of several models, as NAME=SOURCE; repeat it."), "models"
     ),
+    JobOption(
+        "adapter",
+        _option(
+            list[str] | None,
+            "A LoRA or the like that rows, --set and --sweep may name as adapters, as NAME=SOURCE; repeat it.",
+        ),
+        "model.adapters",
+        PAINTING,
+    ),
     JobOption("device", Device | None, "model.device"),
     JobOption("dtype", Dtype | None, "model.dtype"),
     JobOption("batch_size", _option(int | None, "Images denoised together."), "model.batch_size"),
@@ -314,6 +323,7 @@ def _is_flag(kind: Any) -> bool | None:
 
 _REPEATED: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
     "models": dict,
+    "adapter": dict,
     "column": dict,
     "template": dict,
     "set": dict,

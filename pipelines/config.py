@@ -32,6 +32,9 @@ class ModelOptions(Strict):
     """auto, float32, float16 or bfloat16."""
     batch_size: int | None = Field(default=None, ge=1)
     """Images denoised together; None lets the engine pick."""
+    adapters: dict[str, str] = {}
+    """LoRAs and their relatives by name: a local path, an fsspec URL, or a file of a hub repo. Rows, defaults and the
+    sweep choose among them in the field `adapters`, as "name:0.8, other" or a list of names and weights."""
     options: dict[str, Any] = {}
     """Further keyword arguments of `load_model`."""
 

@@ -81,8 +81,8 @@ def run(
     source = Source(config.inputs, config.storage_options, config.limit)
     _apart(source, store)
     kinds = {name: models.config(options) for name, options in config.every_model.items()}
-    checksums = {name: models.checksum(options) for name, options in config.every_model.items()}
-    mine, files = fingerprint(config, kinds, checksums), source.fingerprint()
+    identities = {name: models.identity(options) for name, options in config.every_model.items()}
+    mine, files = fingerprint(config, kinds, identities), source.fingerprint()
     refuse_foreign(store)
     if plan := read_plan(store):
         check(store, mine)

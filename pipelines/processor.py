@@ -183,10 +183,9 @@ class Generator:
                 "prompt": prompt if isinstance(prompt, str) else None,
                 ERROR: f"{type(error).__name__}: {error}",
             }
-        parameters = {name: getattr(result.request, name) for name in REQUEST_COLUMNS}
         image = {"bytes": data, "path": None}
         digest = hashlib.sha256(data).hexdigest()
-        return {**parameters, **scores, "image": image, "sha256": digest, ERROR: ""}
+        return {**result.request.parameters(), **scores, "image": image, "sha256": digest, ERROR: ""}
 
     def _request(self, row: Row, given: Row) -> ImageRequest:
         request = request_from({**self._config.defaults, **given, "seed": self._seed(row, given)})

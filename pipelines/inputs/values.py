@@ -6,11 +6,12 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
 
-from diffray.model.adapters.choices import AdapterChoice, adapter_choices
+from diffray.model.adapters.choices import AdapterChoice, adapter_choices, shown_weight
 from diffray.model.errors import InvalidRequest
 from diffray.model.request import ImageRequest
 
@@ -69,10 +70,13 @@ def request_from(values: Mapping[str, Any]) -> ImageRequest:
     return ImageRequest(**{name: parsed(name, value) for name, value in values.items() if value is not None})
 
 
-def as_text(value: Any) -> str | None:
-    """A request value as text that `parsed` reads back."""
+def as_text(name: str, value: Any) -> str | None:
+    """The value of request field `name` as text that `parsed` reads back."""
     if value is None or isinstance(value, str):
         return value
+    if name == "adapters":
+        with suppress(InvalidRequest):  # else it reads back as something that is not allowed either
+            return ", ".join(f"{own.name}:{shown_weight(own.weight)}" for own in adapter_choices(value))
     return json.dumps(value, default=str)
 
 

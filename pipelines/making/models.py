@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config import ModelOptions, storage_options
@@ -24,15 +24,18 @@ class OpenModel:
     device: str
     """The kind of device: "cpu" or "cuda"."""
     dtype: str
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """Checksums of its adapters by name."""
 
-    def facts(self) -> dict[str, str | int]:
+    def facts(self) -> dict[str, Any]:
         """What every worker of one job must agree on."""
-        return {
+        own = {
             "checksum": self.checksum,
             "device": self.device,
             "dtype": self.dtype,
             "rows": self.engine.rows,
         }
+        return own | ({"adapters": dict(self.adapters)} if self.adapters else {})
 
     @property
     def ticks(self) -> int:
@@ -61,6 +64,14 @@ class Models:
 
         return model_config(self._local(options.source), **self._arguments(options))
 
+    def identity(self, options: ModelOptions) -> dict[str, Any]:
+        """What decides a model's pictures, for the job's fingerprint: checksums of its files and of its adapters'."""
+        from diffray.model.adapters.adapter import adapter_checksums
+
+        own: dict[str, Any] = {"checksum": self.checksum(options)}
+        adapters = adapter_checksums(self._adapters(options))
+        return own | ({"adapters": adapters} if adapters else {})
+
     def checksum(self, options: ModelOptions) -> str:
         """SHA-256 of the model's files, without loading them."""
         from diffray.model.weights.checkpoint import open_checkpoint
@@ -73,6 +84,8 @@ class Models:
         from diffray.model.weights.source import resolve
 
         resolve(self._local(options.source))
+        for source in self._adapters(options).values():
+            resolve(source)
 
     def open(self, options: ModelOptions) -> OpenModel:
         """Load the weights and start an engine."""
@@ -83,7 +96,8 @@ class Models:
         engine = Engine(model, batch_size=options.batch_size)
         engine.start()
         device, dtype = str(model.device).partition(":")[0], str(model.dtype).removeprefix("torch.")
-        return OpenModel(engine, shown_name(options.source), model.checksum, device, dtype)
+        adapters = model.adapters.checksums()
+        return OpenModel(engine, shown_name(options.source), model.checksum, device, dtype, adapters)
 
     def _local(self, source: str) -> str:
         """The source, or where it was fetched to if it is a URL."""
@@ -91,8 +105,12 @@ class Models:
 
         return str(resolve(source, storage_options(self._storage, source))) if "://" in source else source
 
+    def _adapters(self, options: ModelOptions) -> dict[str, str]:
+        return {name: self._local(source) for name, source in options.adapters.items()}
+
     def _arguments(self, options: ModelOptions) -> dict[str, Any]:
-        return {k: self._local(v) if isinstance(v, str) else v for k, v in options.options.items()}
+        own = {k: self._local(v) if isinstance(v, str) else v for k, v in options.options.items()}
+        return own | ({"adapters": self._adapters(options)} if options.adapters else {})
 
 
 def shown_name(source: str) -> str:

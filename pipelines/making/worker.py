@@ -351,9 +351,8 @@ class Worker:
             return
         recorded = json.loads(self._store.read(path))
         if recorded != mine:
-            lines = [
-                f"  model.{k}: {recorded.get(k)} -> {v}" for k, v in mine.items() if recorded.get(k) != v
-            ]
+            odd = [k for k in {**recorded, **mine} if recorded.get(k) != mine.get(k)]
+            lines = [f"  model.{k}: {recorded.get(k)} -> {mine.get(k)}" for k in odd]
             self.close()
             raise JobConflict("\n".join(["this worker's model is not the one the job began with:", *lines]))
 

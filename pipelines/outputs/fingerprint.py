@@ -24,13 +24,18 @@ VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
 
 
 def fingerprint(
-    config: JobConfig, models: Mapping[str, ModelConfig], checksums: Mapping[str, str]
+    config: JobConfig, models: Mapping[str, ModelConfig], identities: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Config (but for where it runs, reads and writes), model and software, as plain JSON values.
 
     What the input holds is the plan's business: it may grow.
+
+    Args:
+        config: the job.
+        models: every model of it by name.
+        identities: checksums of each, as `Models.identity` gives them.
     """
-    facts = {name: {**asdict(model), "checksum": checksums[name]} for name, model in models.items()}
+    facts = {name: {**asdict(model), **identities[name]} for name, model in models.items()}
     values = {
         "config": config.model_dump(mode="json", by_alias=True, exclude=_ELSEWHERE),
         "model": facts if config.models else facts[""],

@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from diffray.model.request import ImageRequest
 
+from ..inputs.values import as_text
 from ..planning.rows import PlannedImage
 from .index import index_part, index_path
 from .tables import data_row, data_schema, parquet, rejected_row, rejected_schema
@@ -183,6 +184,8 @@ def _index(made: Sequence[Made], output: Output) -> bytes:
     for one in made:
         given = one.request.parameters().items()
         facts = {k: v for k, v in given if v is not None and (k not in usual or v != usual[k])}
+        if one.request.adapters:
+            facts["adapters"] = as_text("adapters", one.request.adapters)
         own = {name: v for name, v in one.image.user.items() if not _is_large(v)}
         shown = _json(facts | {"model": output.model} | own) if one.thumbnail else None
         rows.append({"id": one.image.id, "thumbnail": one.thumbnail, "shown": shown, **one.scores})

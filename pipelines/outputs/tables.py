@@ -90,7 +90,7 @@ def _as_carried(field: pa.Field) -> pa.Field:
 
 def data_row(image: PlannedImage, request: ImageRequest, made: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a data part: identity, `made` (image, checksums, model), request, user columns."""
-    return {**_identity(image), **made, **_parameters(request), **image.user}
+    return {**_identity(image), **made, **request.parameters(), **image.user}
 
 
 def data_schema(
@@ -113,7 +113,7 @@ def rejected_row(image: PlannedImage, verdict: Mapping[str, Any]) -> dict[str, A
     """One row of a rejected part: identity, verdict, the row's own values as text, ready to be fed back."""
     own, request = image.original, image.request
     if request is not None:
-        own = {name: as_text(value) for name, value in _parameters(request).items()}
+        own = {name: as_text(name, value) for name, value in request.parameters().items()}
     place = {"file": image.file, "line": image.line}  # large values of the row are still there
     user = {name: None if isinstance(v, Reference) else v for name, v in image.user.items()}
     return {**_identity(image), **verdict, **place, "model": image.model or None, **own, **user}
@@ -142,10 +142,6 @@ def parquet(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, *, group: int 
 
 def _identity(image: PlannedImage) -> dict[str, Any]:
     return {name: getattr(image, name) for name in ID}
-
-
-def _parameters(request: ImageRequest) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in REQUEST_COLUMNS}
 
 
 def _fields(columns: Mapping[str, pa.DataType]) -> list[pa.Field]:

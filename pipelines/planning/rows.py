@@ -112,7 +112,10 @@ class RowRules:
         self.variables = tuple(name for name in config.sweep if name not in fields)
         """Swept names that are no fields: they become columns of the output."""
         self.defaults = {**self.kind.defaults, **config.defaults}
-        self._settings = SettingsOf(self.kind, models, self.defaults, several=bool(config.models))
+        adapters = {name: sorted(options.adapters) for name, options in config.every_model.items()}
+        self._settings = SettingsOf(
+            self.kind, models, self.defaults, adapters=adapters, several=bool(config.models)
+        )
 
     def _check_names(self) -> None:
         config, task = self._config, self._config.task
@@ -268,7 +271,7 @@ class RowRules:
     ) -> PlannedImage:
         variant, index = (place.variant, place.index) if place else (None, 0)
         stem = f"{row_id}-{variant}" if variant else row_id
-        original = {n: as_text(v) for n, v in reading.given.items() if n in REQUEST_COLUMNS}
+        original = {n: as_text(n, v) for n, v in reading.given.items() if n in REQUEST_COLUMNS}
         return PlannedImage(
             f"{stem}-{index}",
             row_id,

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffray.model.adapters.choices import check_known
 from diffray.model.config import ModelConfig
 from diffray.model.errors import InvalidRequest
 from diffray.model.request import ImageRequest
@@ -47,6 +48,7 @@ class SettingsOf:
         kind: the task.
         models: every model of the job by name.
         defaults: of the task and the job.
+        adapters: names of each model's adapters.
         several: whether rows pick a model.
 
     Raises:
@@ -54,9 +56,15 @@ class SettingsOf:
     """
 
     def __init__(
-        self, kind: Kind, models: Mapping[str, ModelConfig], defaults: Mapping[str, Any], *, several: bool
+        self,
+        kind: Kind,
+        models: Mapping[str, ModelConfig],
+        defaults: Mapping[str, Any],
+        *,
+        adapters: Mapping[str, Sequence[str]],
+        several: bool,
     ) -> None:
-        self._kind, self._models, self._several = kind, models, several
+        self._kind, self._models, self._adapters, self._several = kind, models, adapters, several
         self._defaults = {name: value for name, value in defaults.items() if name not in _PER_ROW}
         self._known: dict[str, Settings | InvalidRequest] = {}
         sources = kind.needs or (("init_image",) if "strength" in defaults else ())
@@ -120,6 +128,7 @@ class SettingsOf:
         if enlarged:
             plain.setdefault("strength", UPSCALE_STRENGTH)
         request = ImageRequest(**plain)
+        check_known(request.adapters, self._adapters[name])
         if request.output != "image":
             raise InvalidRequest("output", f"got {request.output!r}, a batch job makes images")
         if self._kind.task in ("encode", "decode"):

@@ -118,9 +118,12 @@ def _table(refused: Sequence[Refusals]) -> str:
 
 def _provenance(config: JobConfig) -> str:
     fields = ", ".join(f"`{_code(name)}` {_cell(str(value))}" for name, value in config.defaults.items())
+    adapters = sorted({name for options in config.every_model.values() for name in options.adapters})
+    names = ", ".join(f"`{_code(name)}`" for name in adapters)
     return (
         f"Task `{config.task}`, job seed {config.seed}"
         + (f", by default {fields}" if fields else "")
+        + (f". Adapters that its column `adapters` may name: {names}" if names else "")
         + ". Every image file says itself how it was made and that it is synthetic (infotext, IPTC digital source "
         "type). `_diffray/` holds the plan, one commit record per shard and the checksums of all files."
     )

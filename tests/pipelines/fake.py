@@ -195,4 +195,5 @@ class FakeModels(Models):
 
     def open(self, options: ModelOptions) -> OpenModel:
         engine: Any = FakeEngine(options.options.get("log"))
-        return OpenModel(engine, "fake", self.checksum(options), "cpu", "float32")
+        adapters = self.identity(options).get("adapters", {})
+        return OpenModel(engine, "fake", self.checksum(options), "cpu", "float32", adapters)
