@@ -207,6 +207,7 @@ class Generator:
             quality=encoding.quality,
             model=model.name,
             model_checksum=model.checksum,
+            adapter_checksums=model.adapters,
         )
         return data, scores
 

@@ -321,6 +321,7 @@ class Worker:
             quality=encoding.quality,
             model=self._output.model,
             model_checksum=model.checksum,
+            adapter_checksums=model.adapters,
         )
         small = thumbnail(picture) if image.id in self._sample else None
         spent |= {"check": checked - began, "encode": time.monotonic() - checked}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from diffray.model import Engine, ImageRequest, load_model
@@ -189,9 +191,19 @@ def test_images_are_those_of_a_bare_engine(place: Place) -> None:
     ]
     for row, result in zip(rows, Engine(model).generate(requests), strict=True):
         assert result.image is not None
-        made = encode_image(result.image, result.request, model="embedded", model_checksum=model.checksum)
+        made = encode_image(
+            result.image,
+            result.request,
+            model="embedded",
+            model_checksum=model.checksum,
+            adapter_checksums={"ink": sha256(ink)},
+        )
         assert row["image"]["bytes"] == made
     assert len({row["sha256"] for row in rows}) == 3
+    said = [Image.open(io.BytesIO(row["image"]["bytes"])).info["parameters"] for row in rows]
+    assert "<lora:" not in said[0]
+    assert "<lora:ink:-0.5>" in said[2]
+    assert f'Lora hashes: "ink: {sha256(ink)[:10]}"' in said[2]
 
 
 def test_a_file_on_s3_is_fetched_once(
