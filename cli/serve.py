@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .fields import Device, Dtype
+from .fields import Device, Dtype, pairs
 from .outcome import reported
 
 if TYPE_CHECKING:
@@ -42,6 +42,12 @@ def serve(
         str | None, typer.Option(help="On Ray Serve: N engine replicas, or MIN-MAX for autoscaling.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to connect to.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA that requests may name, as NAME=SOURCE; may be repeated. Or a folder of them."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Images denoised together.")] = None,
@@ -62,6 +68,8 @@ def serve(
             values.pop("default", None)
         elif changed:
             values["models"] = {name: entry.model_dump() | changed for name, entry in base.models.items()}
+        if adapter:
+            values["models"] = _worn(values.get("models", {"embedded": {}}), adapter)
         for name, value in (("host", host), ("port", port)):
             if value is not None:
                 values[name] = value
@@ -91,6 +99,18 @@ def _named(text: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         hub = path.count("/") == 1 and not path.endswith(".safetensors") and not Path(path).exists()
         name, source = path if hub else PurePosixPath(path).name.removesuffix(".safetensors"), text
     return name, {"source": source, **options}
+
+
+def _worn(models: dict[str, Any], adapters: list[str]) -> dict[str, Any]:
+    """The only model with adapters: NAME=SOURCE or a file's path each, or one folder."""
+    if len(models) > 1:
+        raise typer.BadParameter("--adapter: there are several models, say in --config which one has it")
+    named = [
+        f"{PurePosixPath(text).stem}={text}" if "=" not in text and text.endswith(".safetensors") else text
+        for text in adapters
+    ]
+    found = named[0] if len(named) == 1 and "=" not in named[0] else pairs("--adapter", named)
+    return {name: entry | {"adapters": found} for name, entry in models.items()}
 
 
 def _scale(text: str | None) -> dict[str, int]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from diffray.model import DiffrayError
+from diffray.model.adapters.choices import NAME, NAMES
+from diffray.model.storage import open_storage
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SAFETENSORS = ".safetensors"
 
 
 class InvalidConfig(DiffrayError, ValueError):
@@ -32,8 +37,27 @@ class ModelEntry(Strict):
     dtype: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
     """Images denoised together; None lets the engine pick."""
+    adapters: dict[str, str] | Annotated[str, Field(min_length=1)] = {}
+    """LoRA files and their kin by the names that clients use, each a source like the model's; or one folder (or
+    URL) whose *.safetensors files all are, under their names without the ending."""
     options: dict[str, Any] = {}
     """Further keyword arguments of `load_model`."""
+
+    @field_validator("adapters")
+    @classmethod
+    def _named(cls, adapters: dict[str, str] | str) -> dict[str, str] | str:
+        if isinstance(adapters, dict):
+            _check_names(adapters)
+        return adapters
+
+    @property
+    def adapter_sources(self) -> dict[str, str]:
+        """Its adapters, those of a folder as it is now.
+
+        Raises:
+            OSError, ValueError, ImportError: the folder cannot be read, has none, or has one whose name is no name.
+        """
+        return self.adapters if isinstance(self.adapters, dict) else _adapters_in(self.adapters)
 
 
 class Memory(Strict):
@@ -190,6 +214,20 @@ class ServeConfig(Strict):
         """All models, the default one first."""
         return [self.default_model, *(name for name in self.models if name != self.default_model)]
 
+    def listed(self) -> ServeConfig:
+        """The config with every folder of adapters replaced by what is in it now.
+
+        Raises:
+            InvalidConfig: one cannot be read or is not usable, which is named with its model.
+        """
+        models = {}
+        for name, entry in self.models.items():
+            try:
+                models[name] = entry.model_copy(update={"adapters": entry.adapter_sources})
+            except (OSError, ValueError, ImportError) as error:
+                raise InvalidConfig(f"models.{name}.adapters: {error}") from None
+        return self.model_copy(update={"models": models})
+
     @classmethod
     def checked(cls, values: dict[str, Any]) -> ServeConfig:
         """The config of plain values.
@@ -231,3 +269,26 @@ def _serve_arguments(values: dict[str, Any], path: str | Path) -> dict[str, Any]
     http = values.get("http_options") or {}
     address = {name: http[name] for name in ("host", "port") if name in http}
     return {"replicas": {}, **address, **(ours[0].get("args") or {})}
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raises ValueError if a name is none that requests can have."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"got {name!r:.200}, a name is {NAMES}")
+
+
+def _adapters_in(folder: str) -> dict[str, str]:
+    fs, root = open_storage(folder)
+    if not fs.isdir(root):
+        raise ValueError(f"{folder}: no such folder")
+    files = sorted(path for path in fs.ls(root, detail=False) if path.endswith(SAFETENSORS))
+    if not files:
+        raise ValueError(f"{folder}: no *{SAFETENSORS} files in it")
+    local = isinstance(fs, LocalFileSystem)
+    found = {
+        PurePosixPath(path).name.removesuffix(SAFETENSORS): path if local else fs.unstrip_protocol(path)
+        for path in files
+    }
+    _check_names(found)
+    return found

@@ -37,10 +37,14 @@ time to be made elsewhere."""
 
 
 class Engines:
-    """A `Backend` in this process. Belongs to one event loop."""
+    """A `Backend` in this process. Belongs to one event loop.
+
+    Raises:
+        InvalidConfig: a guardrail or a folder of adapters cannot be read.
+    """
 
     def __init__(self, config: ServeConfig, load: Loader | None = None) -> None:
-        self.config = config
+        self.config = config = config.listed()
         self.residents = Residents(config.models, config.memory, load)
         self._guards = Guards(config.guardrails)
         self._configs: dict[str, ModelConfig] = {}
@@ -48,11 +52,16 @@ class Engines:
         self._threads = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "diffray-serve")
 
     async def start(self) -> None:
-        """Load the default model and warm it up.
+        """Check the adapters of all models, load the default model and warm it up.
 
         Raises:
-            CheckpointError, GenerationError: it cannot be loaded, or makes no image.
+            CheckpointError, GenerationError: it cannot be loaded, or makes no image, or an adapter does not fit.
         """
+        for name in [name for name, entry in self.config.models.items() if entry.adapters]:
+            try:
+                await self._described(name)
+            except CheckpointError as error:
+                raise CheckpointError(f"model {name}: {error}") from None
         try:
             resident = await self.residents.enter(self.config.default_model)
         except Refusal as error:
@@ -72,14 +81,12 @@ class Engines:
         """One model; see `Backend.model`."""
         if name not in self.config.models:
             raise no_such_model(name, self.config)
-        if name not in self._configs:
-            entry = self.config.models[name]
-            try:
-                self._configs[name] = await asyncio.to_thread(model_config, entry.source, **entry.options)
-            except CheckpointError as error:
-                log.error("model %s cannot be read: %s", name, error)
-                raise unavailable(name) from error
-        config, resident = self._configs[name], self.residents.get(name)
+        try:
+            config = await self._described(name)
+        except CheckpointError as error:
+            log.error("model %s cannot be read: %s", name, error)
+            raise unavailable(name) from error
+        resident = self.residents.get(name)
         return ModelCard(
             name=name,
             family=config.family,
@@ -93,8 +100,21 @@ class Engines:
             schedule=config.defaults.schedule,
             factor=config.vae.factor,
             loaded=resident is not None,
+            adapters=tuple(sorted(self.config.models[name].adapter_sources)),
             config=config,
         )
+
+    async def _described(self, name: str) -> ModelConfig:
+        """What a model is, from its files' headers, and those of its adapters, which must fit.
+
+        Raises:
+            CheckpointError.
+        """
+        if name not in self._configs:
+            entry = self.config.models[name]
+            read = partial(model_config, entry.source, adapters=entry.adapter_sources, **entry.options)
+            self._configs[name] = await asyncio.to_thread(read)
+        return self._configs[name]
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.run`."""
@@ -135,7 +155,7 @@ class Engines:
                     metrics.CANCELLED.add(model=work.model)
         finally:
             await self.residents.leave(resident)
-        yield await self._thread(partial(self._finished, result, work, resident.checksum))
+        yield await self._thread(partial(self._finished, result, work, resident))
 
     async def _submit(self, resident: Resident, work: Work, advanced: asyncio.Event) -> Ticket:
         """The ticket of the work; whoever is cancelled meanwhile leaves none behind."""
@@ -175,17 +195,21 @@ class Engines:
         log.error("the engine of %s is broken: %s", resident.name, error)
         return Refusal(503, "engine_broken", "the engine stopped and is being replaced", retry_after=10)
 
-    def _finished(self, result: Result, work: Work, checksum: str) -> Finished:
+    def _finished(self, result: Result, work: Work, resident: Resident) -> Finished:
         assert result.image is not None, "the service refuses requests for latents"
         begun = time.perf_counter()
         self._guards.check_image(result.image, result.request)
+        used = [adapter.name for adapter in result.request.adapters]
+        known = resident.adapters.checksums() if used else {}
+        checksums = {name: known[name] for name in used}
         data = encode_image(
             result.image,
             result.request,
             format=work.format,
             quality=work.quality,
             model=work.model,
-            model_checksum=checksum,
+            model_checksum=resident.checksum,
+            adapter_checksums=checksums,
         )
         timings = result.timings | {"encode": time.perf_counter() - begun}
         for phase, seconds in timings.items():
@@ -193,7 +217,7 @@ class Engines:
         metrics.IMAGES.add(model=work.model)
         metrics.PIXELS.add(result.image.width * result.image.height, model=work.model)
         request = replace(result.request, init_image=None, mask=None, depth=None, init_latents=None)
-        return Finished(data, request, work.model, checksum, timings)
+        return Finished(data, request, work.model, resident.checksum, timings, checksums)
 
     async def _thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
@@ -223,6 +247,7 @@ class Engines:
         for resident in self.residents:
             metrics.QUEUED_IMAGES.set(resident.engine.waiting, model=resident.name)
             metrics.RUNNING_IMAGES.set(resident.engine.running, model=resident.name)
+            resident.measure()
         if torch.cuda.is_available():
             metrics.DEVICE_BYTES.set(torch.cuda.memory_reserved())
 

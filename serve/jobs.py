@@ -54,7 +54,7 @@ class Job:
     progress: float = 0.0
     """Share of all steps that are done, 0..1."""
     images: list[dict[str, Any]] = field(default_factory=list)
-    """index, file, format, model, model_checksum, parameters, timings of each finished picture."""
+    """index, file, format, model, checksums, parameters, timings of each finished picture."""
     error: dict[str, Any] | None = None
 
 
@@ -197,6 +197,7 @@ class Jobs:
             "format": format,
             "model": finished.model,
             "model_checksum": finished.model_checksum,
+            "adapter_checksums": finished.adapter_checksums,
             "parameters": finished.request.parameters(),
             "timings": {name: round(seconds, 4) for name, seconds in finished.timings.items()},
         }

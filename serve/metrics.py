@@ -99,7 +99,16 @@ REPLAYS = Metric("counter", "diffray_idempotent_replays_total", "Answers given a
 MODEL_LOADS = Metric("counter", "diffray_model_loads_total", "Models read into memory.", ("model",))
 MODEL_HITS = Metric("counter", "diffray_model_hits_total", "Images whose model was in memory.", ("model",))
 MODEL_BYTES = Metric(
-    "gauge", "diffray_model_bytes", "Weights in memory; 0 after they were let go.", ("model",)
+    "gauge",
+    "diffray_model_bytes",
+    "Weights in memory, adapters' included; 0 after they were let go.",
+    ("model",),
+)
+ADAPTER_BYTES = Metric(
+    "gauge",
+    "diffray_adapter_bytes",
+    "What adapters take of that: their own weights, and the model's that they change.",
+    ("model",),
 )
 DEVICE_BYTES = Metric("gauge", "diffray_device_bytes", "Accelerator memory in use.")
 RETRIES = Metric("counter", "diffray_replica_retries_total", "Images begun again on another replica.")

@@ -28,6 +28,7 @@ from diffray.model import (
     inspect_source,
     load_model,
 )
+from diffray.model.adapters.merging import Adapters
 
 from . import metrics
 from .config import Memory, ModelEntry
@@ -46,7 +47,9 @@ class Resident:
     name: str
     engine: Engine
     checksum: str
-    bytes: int
+    adapters: Adapters
+    weights: int
+    """Bytes of the networks."""
     users: int = 0
     leaving: bool = False
     _ticks: int = -1
@@ -58,6 +61,16 @@ class Resident:
         if self._ticks != engine.ticks or not (engine.waiting or engine.running):
             self._ticks, self._since = engine.ticks, now
         return now - self._since
+
+    @property
+    def bytes(self) -> int:
+        """All that it takes now: adapters are read when they are first asked for."""
+        return self.weights + self.adapters.bytes
+
+    def measure(self) -> None:
+        """Bring its gauges up to date."""
+        metrics.MODEL_BYTES.set(self.bytes, model=self.name)
+        metrics.ADAPTER_BYTES.set(self.adapters.bytes, model=self.name)
 
 
 Loader = Callable[[str, ModelEntry], Resident]
@@ -107,10 +120,26 @@ class Residents:
                 await asyncio.shield(task)
 
     async def leave(self, resident: Resident) -> None:
-        """The end of an `enter`."""
+        """The end of an `enter`. Models that adapters have made too large together give way."""
         resident.users -= 1
+        resident.measure()
         async with self._changed:
+            surplus = self._surplus()
+            for leaver in surplus:
+                del self._held[leaver.name]
             self._changed.notify_all()
+        for leaver in surplus:
+            await self._drop(leaver)
+
+    def _surplus(self) -> list[Resident]:
+        """Idle models that must go until the others fit, the least recently used first, never the last one used."""
+        over = self._taken() - self._bytes
+        found = []
+        for resident in list(self._held.values())[:-1]:
+            if over > 0 and not resident.users:
+                found.append(resident)
+                over -= resident.bytes
+        return found
 
     def _begin(self, name: str) -> None:
         task = self._loading[name] = asyncio.create_task(self._bring(name))
@@ -122,7 +151,7 @@ class Residents:
             metrics.MODEL_LOADS.add(model=name)
             resident = await asyncio.to_thread(self._load, name, self._models[name])
             self._held[name] = resident
-            metrics.MODEL_BYTES.set(resident.bytes, model=name)
+            resident.measure()
         except Exception as error:
             known = isinstance(error, DiffrayError)
             log.error("model %s cannot be loaded: %s", name, error, exc_info=None if known else error)
@@ -163,12 +192,16 @@ class Residents:
             self._changed.notify_all()
 
     def _fits(self, needed: int) -> bool:
-        taken = [resident.bytes for resident in self._held.values()] + list(self._reserved.values())
-        return not taken or (len(taken) < self._most and sum(taken) + needed <= self._bytes)
+        count = len(self._held) + len(self._reserved)
+        return not count or (count < self._most and self._taken() + needed <= self._bytes)
+
+    def _taken(self) -> int:
+        return sum(resident.bytes for resident in self._held.values()) + sum(self._reserved.values())
 
     async def _drop(self, resident: Resident) -> None:
         await asyncio.to_thread(resident.engine.close)
-        metrics.MODEL_BYTES.set(0, model=resident.name)
+        for metric in (metrics.MODEL_BYTES, metrics.ADAPTER_BYTES):
+            metric.set(0, model=resident.name)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -184,7 +217,13 @@ def load_resident(name: str, entry: ModelEntry) -> Resident:
     Raises:
         CheckpointError, GenerationError.
     """
-    model = load_model(entry.source, device=entry.device, dtype=entry.dtype, **entry.options)
+    model = load_model(
+        entry.source,
+        device=entry.device,
+        dtype=entry.dtype,
+        adapters=entry.adapter_sources,
+        **entry.options,
+    )
     engine: Engine
 
     def observe(images: int, seconds: float) -> None:
@@ -193,7 +232,7 @@ def load_resident(name: str, entry: ModelEntry) -> Resident:
 
     engine = Engine(model, batch_size=entry.batch_size, observer=observe)
     engine.generate([warm_up(model)])
-    return Resident(name, engine.start(), model.checksum, _weight_bytes(model))
+    return Resident(name, engine.start(), model.checksum, model.adapters, _weight_bytes(model))
 
 
 def warm_up(model: Model) -> ImageRequest:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from starlette.requests import Request
 
 from diffray.model import InvalidRequest
+from diffray.model.adapters.choices import check_known
 
 from .admission import Admission, Client
 from .config import InvalidConfig, ServeConfig
@@ -153,6 +154,7 @@ class Service:
         card, request = await self.model(work.model), work.request
         if request.output != "image":
             raise InvalidRequest("output", f"got {request.output!r}, the service makes images")
+        check_known(request.adapters, card.adapters)
         self._guards.check_prompt(request)
         if card.config is not None:
             return request.resolved(card.config).cost

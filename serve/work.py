@@ -49,7 +49,8 @@ class Progress:
 class Finished:
     """The picture: file bytes with provenance inside, and the request with every open field filled.
 
-    The request is without its source pictures; they would travel back for nothing.
+    The request is without its source pictures; they would travel back for nothing. `adapter_checksums` has the
+    SHA-256 of each of its adapters' files, by name.
     """
 
     data: bytes
@@ -57,6 +58,7 @@ class Finished:
     model: str
     model_checksum: str
     timings: dict[str, float]
+    adapter_checksums: dict[str, str] = field(default_factory=dict)
 
 
 Event = Progress | Finished
@@ -70,6 +72,7 @@ class ModelCard:
         family, task: as in `ModelConfig`: "sdxl", "text" ("inpaint", "edit", ...).
         loaded: whether some engine holds it now.
         factor: width and height must be multiples of this.
+        adapters: names of the adapters that its requests may have.
         config: what requests are checked against before they wait; None leaves that to the engine.
     """
 
@@ -85,6 +88,7 @@ class ModelCard:
     schedule: str
     factor: int
     loaded: bool
+    adapters: tuple[str, ...] = ()
     config: ModelConfig | None = field(default=None, repr=False)
 
 

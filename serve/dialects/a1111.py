@@ -48,7 +48,7 @@ def router(service: Service) -> APIRouter:
     kept = Kept()
     _add_generation(routes, service, kept)
     _add_state(routes, service, kept)
-    _add_lists(routes, service)
+    _add_lists(routes, service, kept)
     _add_pictures(routes, service)
     return routes
 
@@ -117,16 +117,23 @@ def _add_state(routes: APIRouter, service: Service, kept: Kept) -> None:
         kept.keep(client.id, kept.of(client.id).changed(body, await service.models()))
 
 
-def _add_lists(routes: APIRouter, service: Service) -> None:
+def _add_lists(routes: APIRouter, service: Service, kept: Kept) -> None:
     @routes.get("/sd-models")
     async def sd_models(http: Request) -> list[dict[str, Any]]:
         """The models that `sd_model_checkpoint` can be set to."""
         await service.client(http)
         return catalogue.models(await service.models())
 
+    @routes.get("/loras")
+    async def loras(http: Request) -> list[dict[str, Any]]:
+        """What `<lora:name:weight>` in a prompt can name, for the model that the client has set."""
+        client = await service.client(http)
+        return catalogue.loras(await service.model(kept.of(client.id).model))
+
     @routes.post("/refresh-checkpoints")
+    @routes.post("/refresh-loras")
     async def refresh(http: Request) -> None:
-        """Nothing to do: the service's models are those of its config."""
+        """Nothing to do: the service's models and their adapters are those of its config."""
         await service.client(http)
 
     fixed = {

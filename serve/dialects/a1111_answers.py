@@ -16,8 +16,8 @@ from PIL import Image
 from starlette.requests import Request
 
 from diffray.model import ImageRequest
-from diffray.model.encoding import encode_image
-from diffray.model.infotext import SAMPLER_LABELS, infotext
+from diffray.model.encoding import encode_image, read_provenance
+from diffray.model.infotext import SAMPLER_LABELS
 from diffray.model.sampling.sampler_names import resolve_sampler
 
 from ..refusal import Refusal
@@ -77,7 +77,9 @@ def _finished(finished: Finished, index: int, wanted: Asked, settings: Settings)
     with Image.open(io.BytesIO(finished.data)) as image:
         picture = repaint.finished(image.convert("RGB"))
     request = replace(finished.request, init_image=repaint.image)
-    data = _encoded(picture, request, settings, finished.model, finished.model_checksum)
+    data = _encoded(
+        picture, request, settings, finished.model, finished.model_checksum, finished.adapter_checksums
+    )
     return Made(data, finished.request)
 
 
@@ -88,11 +90,16 @@ def _unfinished(preview: bytes, index: int, wanted: Asked, card: ModelCard, sett
         size = request.width or small.width, request.height or small.height
         picture = small.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     picture = picture if repaint is None else repaint.finished(picture)
-    return Made(_encoded(picture, request, settings, card.name, card.checksum), request)
+    return Made(_encoded(picture, request, settings, card.name, card.checksum, {}), request)
 
 
 def _encoded(
-    picture: Image.Image, request: ImageRequest, settings: Settings, model: str, checksum: str
+    picture: Image.Image,
+    request: ImageRequest,
+    settings: Settings,
+    model: str,
+    checksum: str,
+    adapter_checksums: dict[str, str],
 ) -> bytes:
     return encode_image(
         picture,
@@ -101,6 +108,7 @@ def _encoded(
         quality=settings.quality,
         model=model,
         model_checksum=checksum or None,
+        adapter_checksums=adapter_checksums,
     )
 
 
@@ -146,7 +154,7 @@ def _info(body: Processing, pictures: Sequence[Made], card: ModelCard) -> dict[s
         "denoising_strength": body.denoising_strength,
         "extra_generation_params": {},
         "index_of_first_image": 0,
-        "infotexts": [infotext(r, model=card.name, model_hash=card.checksum or None) for r in requests],
+        "infotexts": [read_provenance(picture.data).infotext or "" for picture in pictures],
         "styles": [],
         "job_timestamp": _timestamp(time.time()),
         "clip_skip": first.clip_skip + 1,

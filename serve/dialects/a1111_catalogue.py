@@ -33,7 +33,6 @@ CONSTANT: dict[str, Any] = {
     "face-restorers": [],
     "realesrgan-models": [],
     "prompt-styles": [],
-    "loras": [],
     "extensions": [],
     "script-info": [],
     "scripts": {"txt2img": [], "img2img": []},
@@ -62,6 +61,13 @@ def upscalers() -> list[dict[str, Any]]:
     return [
         {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
         for name in UPSCALERS
+    ]
+
+
+def loras(card: ModelCard) -> list[dict[str, Any]]:
+    """The adapters of one model; where their files are is nobody's business."""
+    return [
+        {"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}} for name in card.adapters
     ]
 
 

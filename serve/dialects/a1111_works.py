@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffray.model import ImageRequest, InvalidRequest
+from diffray.model import ImageRequest, InvalidRequest, prompt_adapters
 from diffray.model.request import MAX_SIDE
 
 from ..work import ModelCard, Work
@@ -28,6 +28,7 @@ FIELDS = {
     "init_image": "init_images",
     "image_guidance_scale": "image_cfg_scale",
     "clip_skip": "CLIP_stop_at_last_layers",
+    "adapters": "prompt",
     "hires_scale": "hr_scale",
     "hires_strength": "denoising_strength",
     "hires_steps": "hr_second_pass_steps",
@@ -64,7 +65,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "initial_noise_multiplier": ((None, 1), "it is not supported"),
 }
 """Fields that would change the picture in ways that are not supported: allowed values, and what to say."""
-EXTRA_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
+HYPERNETWORK = re.compile(r"<hypernet:[^>]*>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,9 @@ def refuse_unsupported(body: Processing) -> None:
         if not _switched_off(arguments):
             raise InvalidRequest("alwayson_scripts", f"got {script!r}; there are no scripts or extensions")
     for name in ("prompt", "negative_prompt"):
-        network = EXTRA_NETWORK.search(getattr(body, name) or "")
+        network = HYPERNETWORK.search(getattr(body, name) or "")
         if network:
-            raise InvalidRequest(name, f"got {network[0]}; see /sdapi/v1/loras for what there is")
+            raise InvalidRequest(name, f"got {network[0]}; hypernetworks are not supported")
 
 
 def _switched_off(arguments: object) -> bool:
@@ -158,9 +159,13 @@ def _refuse_image_options(body: ImageToImage) -> None:
 
 def _request(body: Processing, settings: Settings) -> ImageRequest:
     sampler = body.sampler_name or body.sampler_index
+    prompt, adapters = prompt_adapters(body.prompt)
+    with client_names({"prompt": "negative_prompt"}):
+        negative, more = prompt_adapters(body.negative_prompt or "")
     return ImageRequest(
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt or None,  # zeros on SDXL, as AUTOMATIC1111 does
+        prompt=prompt,
+        negative_prompt=negative or None,  # zeros on SDXL, as AUTOMATIC1111 does
+        adapters=adapters + more,
         width=body.width,
         height=body.height,
         steps=body.steps,

@@ -19,8 +19,10 @@ Body = TypeVar("Body", bound=BaseModel)
 FILES = 16
 FIELDS = 200
 TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
-INDEXED = re.compile(r"(\w+)\[(\d{1,3})\]\[(\w+)\]")
-"""`text_prompts[0][weight]`: a field of a list's entry."""
+ENTRY = re.compile(r"(\w+)\[(\d{0,3})\]\[(\w+)\]")
+"""`text_prompts[0][weight]`, or `lora[][name]` counted up: a field of a list's entry."""
+MEMBER = re.compile(r"(\w+)\[(\w+)\]")
+"""`lora[name]`: a field of an object."""
 
 
 async def read_form(
@@ -28,7 +30,8 @@ async def read_form(
 ) -> tuple[Body, dict[str, list[bytes]]]:
     """The text fields as a `model`, and the uploaded files by the name of their field.
 
-    Files may be named `name` or `name[]`, the values of a list `name[]`. Empty fields count as left out.
+    Files may be named `name` or `name[]`, the values of a list `name[]`; objects and lists of them come in parts,
+    see ENTRY and MEMBER. Empty fields count as left out.
 
     Raises:
         Refusal: 415, the body is no form.
@@ -38,8 +41,7 @@ async def read_form(
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in TYPES:
         raise Refusal(415, "unsupported_media_type", f"the body must be {TYPES[0]}, got {kind or 'no type'}")
-    texts: dict[str, str] = {}
-    lists: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     found: dict[str, list[bytes]] = {}
     async with http.form(max_files=FILES, max_fields=FIELDS) as form:
         for key, value in form.multi_items():
@@ -52,13 +54,9 @@ async def read_form(
                 found.setdefault(name, []).append(await value.read())
             elif name in files:
                 raise InvalidRequest(name, "got text, allowed is an uploaded file")
-            elif key != name:
-                lists.setdefault(name, []).append(value)
-            elif name in texts:
-                raise InvalidRequest(name, "got it twice, allowed is once")
             else:
-                texts[name] = value
-    return _validated(model, _nested(texts) | lists), found
+                texts.setdefault(key, []).append(value)
+    return _validated(model, _joined(texts)), found
 
 
 def one_file(files: Mapping[str, list[bytes]], name: str) -> bytes:
@@ -99,25 +97,51 @@ def form_schema(model: type[BaseModel], **files: str) -> dict[str, Any]:
 
 
 def _given(schema: dict[str, Any]) -> dict[str, Any]:
-    """A field's schema without null, which a form cannot send."""
-    kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
+    """A field's schema without null, which a form cannot send, and with lists of objects as JSON text."""
+    kinds = [
+        {"type": "string", "contentMediaType": "application/json"}
+        if "$ref" in kind.get("items", {})
+        else kind
+        for kind in schema.get("anyOf", [])
+        if kind != {"type": "null"}
+    ]
     rest = {key: value for key, value in schema.items() if key not in ("anyOf", "default", "title")}
     if "anyOf" not in schema:
         return rest | ({"default": schema["default"]} if schema.get("default") is not None else {})
     return rest | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
 
 
-def _nested(texts: dict[str, str]) -> dict[str, Any]:
-    """`name[0][key]` fields as lists of objects, in the order of their numbers."""
+def _joined(fields: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The fields' values by name, those of objects and of lists' entries put together.
+
+    Raises:
+        InvalidRequest: a field is there twice, or entries that are only counted have not the same fields.
+    """
     values: dict[str, Any] = {}
-    lists: dict[str, dict[int, dict[str, str]]] = {}
-    for key, text in texts.items():
-        match = INDEXED.fullmatch(key)
-        if match is None:
-            values[key] = text
+    entries: dict[str, dict[int, dict[str, str]]] = {}
+    for key, texts in fields.items():
+        if "[]" not in key and len(texts) > 1:
+            raise InvalidRequest(key, f"got it {len(texts)} times, allowed is once")
+        if key.endswith("[]"):
+            _put(values, key.removesuffix("[]"), texts)
+        elif entry := ENTRY.fullmatch(key):
+            for index, text in enumerate(texts, int(entry[2] or 0)):
+                _put(entries.setdefault(entry[1], {}).setdefault(index, {}), entry[3], text)
+            if not entry[2] and len(set(map(frozenset, entries[entry[1]].values()))) > 1:
+                raise InvalidRequest(entry[1], "give all its entries the same fields, or number them: [0]")
+        elif member := MEMBER.fullmatch(key):
+            _put(values.setdefault(member[1], {}), member[2], texts[0])
         else:
-            lists.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = text
-    return values | {name: [entries[i] for i in sorted(entries)] for name, entries in lists.items()}
+            _put(values, key, texts[0])
+    for name, found in entries.items():
+        _put(values, name, [found[index] for index in sorted(found)])
+    return values
+
+
+def _put(values: Any, name: str, value: object) -> None:
+    if not isinstance(values, dict) or name in values:
+        raise InvalidRequest(name, "got it twice, allowed is once")
+    values[name] = value
 
 
 def _validated(model: type[Body], values: dict[str, Any]) -> Body:

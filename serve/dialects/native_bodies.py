@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffray.model import ImageRequest
+from diffray.model import AdapterChoice, ImageRequest
+from diffray.model.adapters.choices import MAX_ADAPTERS, MAX_WEIGHT
 from diffray.model.request import MAX_PROMPT, MAX_SEED, MAX_SIDE, MAX_STEPS
 
 from ..pictures import picture_text
@@ -21,6 +22,15 @@ Picture = Annotated[
     str, Field(description="Base64 of PNG, JPEG or WebP, or a data: URI. URLs are never fetched.")
 ]
 PICTURES = ("init_image", "mask", "depth")
+
+
+class Adapter(BaseModel):
+    """An adapter of the model and how strongly it works."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=128, description="One that the model lists.")
+    weight: float = Field(default=1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT, description="0 is without.")
 
 
 class JobBody(BaseModel):
@@ -50,6 +60,12 @@ class JobBody(BaseModel):
         default="", max_length=MAX_PROMPT, description="May be empty; (word:1.2) weighs a word."
     )
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT)
+    adapters: list[Adapter] = Field(
+        default=[],
+        max_length=MAX_ADAPTERS,
+        description="LoRA and its kin, as /v1/diffray/models lists them for each model.",
+        examples=[[{"name": "watercolour", "weight": 0.8}]],
+    )
     width: Side | None = None
     height: Side | None = None
     steps: Steps | None = None
@@ -100,6 +116,8 @@ class JobBody(BaseModel):
         for name in set(self.model_fields_set) & set(ImageRequest.__dataclass_fields__):
             value = getattr(self, name)
             values[name] = tuple(value) if isinstance(value, list) else value
+        if "adapters" in values:
+            values["adapters"] = tuple(AdapterChoice(a.name, a.weight) for a in self.adapters)
         for name in PICTURES:
             if values.get(name) is not None:
                 values[name] = picture_text(values[name], name, pixels=pixels)
@@ -130,6 +148,7 @@ class Made(BaseModel):
     index: int
     model: str
     model_checksum: str
+    adapter_checksums: dict[str, str] = Field(description="SHA-256 of its adapters' files, by name.")
     format: str
     image: str = Field(description="Base64 of the file.")
     parameters: dict[str, Any] = Field(description="The request, every open field filled.")
@@ -142,6 +161,7 @@ class Made(BaseModel):
             index=index,
             model=finished.model,
             model_checksum=finished.model_checksum,
+            adapter_checksums=finished.adapter_checksums,
             format=format,
             image=base64_text(finished.data),
             parameters=finished.request.parameters(),
@@ -169,6 +189,7 @@ class ModelFacts(BaseModel):
     sampler: str
     schedule: str
     factor: int = Field(description="Width and height must be multiples of it.")
+    adapters: list[str] = Field(description="What `adapters` of a request may name.")
     loaded: bool
 
 
@@ -187,6 +208,7 @@ class JobImage(BaseModel):
     format: str
     model: str
     model_checksum: str
+    adapter_checksums: dict[str, str] = {}
     parameters: dict[str, Any]
     timings: dict[str, float]
 

@@ -16,7 +16,7 @@ from ..jobs import jobs_of
 from ..pictures import picture
 from ..refusal import Refusal
 from ..service import Client, Service
-from ..work import Finished
+from ..work import Finished, ModelCard
 from . import openai_bodies as bodies
 from . import streams
 from .forms import form_schema, one_file, read_form
@@ -48,6 +48,9 @@ def router(service: Service) -> APIRouter:
     """Generations, edits, variations, models."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI Images"])
     started = int(time.time())
+
+    def described(card: ModelCard) -> bodies.Model:
+        return bodies.Model(id=card.name, created=started, adapters=list(card.adapters))
 
     @routes.post("/images/generations", responses=STREAM)
     async def generate(http: Request, body: bodies.Generation) -> Response:
@@ -98,13 +101,13 @@ def router(service: Service) -> APIRouter:
     async def models(http: Request) -> bodies.Models:
         """All models, the default one first."""
         await service.client(http)
-        return bodies.Models(data=[bodies.Model(id=c.name, created=started) for c in await service.models()])
+        return bodies.Models(data=[described(card) for card in await service.models()])
 
     @routes.get("/models/{name:path}")
     async def model(http: Request, name: str) -> bodies.Model:
         """One model."""
         await service.client(http)
-        return bodies.Model(id=(await service.model(name)).name, created=started)
+        return described(await service.model(name))
 
     return routes
 

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Seeds = Annotated[
     int | list[int] | None,
     Field(description="One seed, counted up for n > 1, or one per image. Left out: a random one."),
+]
+
+
+class Lora(BaseModel):
+    """An adapter of the model."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(description="One of the model's `adapters` in /v1/models.")
+    scale: float = Field(1.0, description="How strongly it works; 0 is without.")
+
+
+def _several(value: object) -> object:
+    """One adapter as a list of one, and JSON text, which forms have, as what it says."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("got text that is not JSON") from None
+    return [value] if isinstance(value, dict) else value
+
+
+Loras = Annotated[
+    list[Lora] | None,
+    BeforeValidator(_several),
+    Field(description="Extension: adapters of the model; one of them may come without the list."),
 ]
 
 
@@ -54,6 +81,7 @@ class Common(BaseModel):
     scheduler: str | None = Field(
         None, description='Extension: a noise schedule such as "karras", or a diffusers scheduler class.'
     )
+    lora: Loras = None
     width: int | None = Field(None, description="Extension: instead of size.")
     height: int | None = Field(None, description="Extension: instead of size.")
 
@@ -166,6 +194,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "diffray"
+    adapters: list[str] = Field([], description="Extension: what `lora` of a request may name.")
 
 
 class Models(BaseModel):

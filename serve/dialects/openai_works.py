@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffray.model import ImageRequest, InvalidRequest
+from diffray.model import AdapterChoice, ImageRequest, InvalidRequest
 from diffray.model.request import MAX_SIDE
 
 from ..work import ModelCard, Work
@@ -24,7 +24,12 @@ DISTILLED = 8
 """Models with so few steps are made for just these: a quality does not change them."""
 QUALITIES = {None: "medium", "auto": "medium", "standard": "medium", "hd": "high"}
 """What answers call a quality that they have no name for."""
-FIELDS = {"steps": "num_inference_steps", "schedule": "scheduler", "init_image": "image"}
+FIELDS = {
+    "steps": "num_inference_steps",
+    "schedule": "scheduler",
+    "init_image": "image",
+    "adapters": "lora",
+}
 WORDS = re.compile(r"\w+|[^\w\s]")
 
 
@@ -167,6 +172,7 @@ def _request(
     request = ImageRequest(
         prompt=body.prompt,
         negative_prompt=body.negative_prompt,
+        adapters=tuple(AdapterChoice(lora.name, lora.scale) for lora in body.lora or ()),
         width=width,
         height=height,
         steps=_steps(body, card),

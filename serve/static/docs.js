@@ -96,6 +96,7 @@ function type(schema) {
   if (one.enum) return one.enum.map((value) => JSON.stringify(value)).join(" | ");
   if (one.anyOf) return one.anyOf.map(type).filter((text) => text !== "null").join(" | ");
   if (one.type === "array") return `list of ${type(one.items)}`;
+  if (one.properties) return `{ ${Object.keys(one.properties).join(", ")} }`;
   return [one.format === "binary" ? "file" : one.type ?? "any", range(one)].filter(Boolean).join(", ");
 }
 

@@ -1,5 +1,6 @@
 /** The controls: their values as parameters of a request, and back. */
 
+import { Adapters, named } from "./adapters.js";
 import { byId, make } from "./dom.js";
 
 const NUMBERS = ["width", "height", "steps", "guidance_scale", "seed", "n", "strength"];
@@ -23,6 +24,7 @@ export class Form {
   constructor() {
     this.element = byId("form");
     this.models = [];
+    this.adapters = new Adapters();
     this.source = null; // [width, height] of the source picture
     for (const slider of this.element.querySelectorAll("[data-of]")) this.#pair(slider, byId(slider.dataset.of));
     byId("model").onchange = () => this.#useDefaults();
@@ -30,7 +32,7 @@ export class Form {
     for (const name of ["width", "height"]) byId(name).addEventListener("input", () => this.#nameShape());
     byId("seed-clear").onclick = () => this.fill({ seed: "" });
     this.element.addEventListener("input", (event) => {
-      this.#excuse(event.target);
+      this.#excuse(event.target.closest("fieldset") ?? event.target);
       this.#digest();
     });
     if (window.matchMedia("(max-width: 899px)").matches) byId("settings").open = false;
@@ -64,6 +66,7 @@ export class Form {
     const { width, height, steps, guidance_scale, sampler, schedule, factor } = card;
     for (const name of ["width", "height"]) Object.assign(byId(name), { step: factor, min: factor });
     this.#offerShapes();
+    this.adapters.offer(card.adapters);
     this.fill({ width, height, steps, guidance_scale, sampler, schedule });
     if (this.source) this.fill(fitted(this.source[0] / this.source[1], card));
     this.#complainOr(byId("model"), "");
@@ -114,15 +117,25 @@ export class Form {
   fill(values) {
     for (const [name, value] of Object.entries(values)) {
       const control = this.element.elements[name];
-      if (!control || value === undefined) continue;
+      if (!control || value === undefined || name === "adapters") continue;
       if (control.type === "checkbox") control.checked = Boolean(value);
       else control.value = value ?? "";
       const slider = this.element.querySelector(`[data-of="${name}"]`);
       if (slider) slider.value = control.value;
       this.#excuse(control);
     }
+    if (values.model !== undefined && this.card) this.adapters.offer(this.card.adapters);
+    if (values.adapters) this.#wear(values.adapters);
     this.#nameShape();
     this.#digest();
+  }
+
+  /** Switch adapters on; those that are not there any more are told. */
+  #wear(adapters) {
+    this.adapters.value = adapters;
+    const { missing } = this.adapters;
+    this.#complainOr(byId("adapters"), missing.length ? `This model does not have ${missing.join(", ")}.` : "");
+    if (missing.length) byId("adapters").hidden = false;
   }
 
   /** The parameters, without what is left open; null, with the mistake shown, where one is not a number. */
@@ -137,6 +150,13 @@ export class Form {
       }
       if (control.value !== "") values[name] = Number(control.value);
     }
+    const adapters = this.adapters.value;
+    const odd = adapters.find(({ weight }) => Number.isNaN(weight));
+    if (odd) {
+      this.complain("adapters", `The weight of ${odd.name} is not a number.`);
+      return null;
+    }
+    if (adapters.length) values.adapters = adapters;
     values.prompt ??= "";
     values.n ??= 1;
     if (this.source === null) delete values.strength;
@@ -145,7 +165,7 @@ export class Form {
 
   /** Show a mistake at its control, and go there. False where there is no such control. */
   complain(field, text) {
-    const control = field && this.element.elements[field.replace(/\[?\d.*$/, "")];
+    const control = field && this.element.elements[field.replace(/[[.]?\d.*$/, "")];
     if (!control?.closest) return false;
     const settings = control.closest("details");
     if (settings) settings.open = true;
@@ -172,7 +192,8 @@ export class Form {
   /** What the folded settings say about themselves. */
   #digest() {
     const value = (name) => byId(name).value;
-    byId("settings-digest").textContent = `${value("width")} × ${value("height")}, ${value("steps")} steps, ${value("sampler")}`;
+    const parts = [`${value("width")} × ${value("height")}`, `${value("steps")} steps`, value("sampler"), named(this.adapters.value)];
+    byId("settings-digest").textContent = parts.filter(Boolean).join(", ");
   }
 }
 

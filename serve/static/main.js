@@ -168,7 +168,7 @@ function pick(entry) {
 async function reuse(entry) {
   if (entry.source) await source.show(entry.source, entry.mask);
   else source.remove();
-  form.fill({ negative_prompt: "", ...entry.parameters, model: entry.model, n: 1 });
+  form.fill({ negative_prompt: "", adapters: [], ...entry.parameters, model: entry.model, n: 1 });
   byId("prompt").focus();
   say("The settings of this picture are in the form.");
 }

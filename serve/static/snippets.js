@@ -45,10 +45,11 @@ function nativePython(entry, keyed) {
 
 /** OpenAI's own fields, and the extensions that go beside them. */
 function openaiFields({ model, parameters }) {
-  const { prompt, width, height, steps, schedule, paste_back, ...rest } = parameters; // an edit always pastes back
+  const { prompt, width, height, steps, schedule, adapters, paste_back, ...rest } = parameters; // an edit always pastes back
+  const lora = adapters?.map(({ name, weight }) => ({ name, scale: weight }));
   return [
     { model, prompt, size: `${width}x${height}`, response_format: "b64_json" },
-    { num_inference_steps: steps, scheduler: schedule, ...rest },
+    { num_inference_steps: steps, scheduler: schedule, ...(lora && { lora }), ...rest },
   ];
 }
 
@@ -62,7 +63,8 @@ function openaiCurl(entry, keyed) {
   const call = (path) => `curl -s ${shell(`${root()}/v1/images/${path}`)}${keyHeader(keyed)} \\\n  `;
   if (!entry.source) return `${call("generations")}${HEADER} -d ${shell(JSON.stringify(all, null, 2))} \\\n  ${unpack()}`;
   const files = ["-F image=@source.png", ...(entry.mask ? ["-F mask=@mask-openai.png"] : [])];
-  const texts = Object.entries(all).map(([name, value]) => `--form-string ${shell(`${name}=${value}`)}`);
+  const text = (value) => (typeof value === "object" ? JSON.stringify(value) : value);
+  const texts = Object.entries(all).map(([name, value]) => `--form-string ${shell(`${name}=${text(value)}`)}`);
   return `${call("edits")}${[...files, ...texts].join(" \\\n  ")} \\\n  ${unpack()}`;
 }
 

@@ -1,5 +1,6 @@
 /** The stage: a tile for every picture, from the first preview to the finished file. */
 
+import { named } from "./adapters.js";
 import { button, byId, download, make, seconds } from "./dom.js";
 
 const SMALL = 256; // pictures up to this side are shown with crisp pixels
@@ -58,7 +59,8 @@ class Tile {
   /** The finished picture with what can be done with it. */
   finish(entry, actions) {
     this.running = false;
-    const { width, height, prompt, seed, steps } = entry.parameters;
+    const { width, height, prompt, seed, steps, adapters } = entry.parameters;
+    const worn = adapters?.length ? ` with ${named(adapters)}` : "";
     this.waiting.hidden = true;
     this.bar.hidden = true;
     this.url = URL.createObjectURL(entry.blob);
@@ -69,7 +71,7 @@ class Tile {
     const took = entry.seconds ? ` · ${seconds(entry.seconds)}` : "";
     this.caption.replaceChildren(
       make("span", { className: "said", textContent: prompt || "(no prompt)" }),
-      make("span", { textContent: `${width} × ${height} · ${steps} steps · seed ${seed} · ${entry.model}${took}` }),
+      make("span", { textContent: `${width} × ${height} · ${steps} steps · seed ${seed} · ${entry.model}${worn}${took}` }),
     );
     this.element.append(
       make("div", { className: "tools", role: "group", "aria-label": "This picture" },
