@@ -150,6 +150,11 @@ class Workers(Strict):
     """A row that was alone in its worker at this many worker deaths is rejected."""
     patience: float = Field(default=600.0, gt=0)
     """Seconds without any finished step or image after which a worker counts as hanging and is replaced."""
+    text_encoders: int | None = Field(default=None, ge=0, le=256)
+    """So many text encoders for all engines of a model: equal prompts are encoded once, and engines do not load text
+    encoders of their own. None and 0 leave each engine to itself."""
+    text_share: float = Field(default=1.0, gt=0)
+    """Of a GPU, or CPU cores where engines have none, that each of `text_encoders` takes."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of what one engine runs on (accelerator, machine), in any currency: the report then says what images cost."""
     address: str | None = None
@@ -215,6 +220,8 @@ class JobConfig(Strict):
     def _consistent(self) -> Self:
         if self.task == "encode" and self.encoding.layout != "parquet":
             raise ValueError("task encode writes latents into Parquet: leave encoding.layout out")
+        if self.task in ("encode", "decode") and self.workers.text_encoders:
+            raise ValueError(f"task {self.task} has no text to encode: leave workers.text_encoders out")
         if self.models and self.model != ModelOptions():
             raise ValueError("give model or models, not both")
         if len({repr(options) for options in self.models.values()}) < len(self.models):

@@ -2,14 +2,15 @@
 
     diffray_images_total{model}                 counter    images made
     diffray_rejected_total{model, stage}        counter    rows that became no image; stage is plan, generate, encode
-    diffray_image_seconds{model, phase}         histogram  per image: queue, prepare, denoise, decode, encode
+    diffray_image_seconds{model, phase}         histogram  per image: text, queue, prepare, denoise, decode, encode
     diffray_engine_occupancy{model}             gauge      share of an engine's image slots in use, 0..1
+    diffray_prompts_total{model, source}        counter    prompts asked of text encoders; source is encoded, remembered
     diffray_engines{state}                      gauge      engines starting and running
     diffray_shards{state}                       gauge      shards waiting and running
     diffray_shards_committed_total              counter    shards committed
 
 The first four come from the process of each engine, and are ended images: what a crash undoes is counted again
-when it is made again. The others come from the driver.
+when it is made again. The prompts come from the encoders of a pool, the others from the driver.
 """
 
 from __future__ import annotations
@@ -54,6 +55,22 @@ class ImageMeter:
     def occupancy(self, share: float) -> None:
         """How full the engine is at this moment."""
         self._occupancy.set(share)
+
+
+class PromptMeter:
+    """Told about every prompt of one text encoder."""
+
+    def __init__(self, model: str) -> None:
+        from ray.util import metrics
+
+        self._prompts = metrics.Counter(
+            "diffray_prompts_total", "Prompts asked of text encoders", ("model", "source")
+        )
+        self._prompts.set_default_tags({"model": model})
+
+    def answered(self, known: bool) -> None:
+        """A prompt was encoded, or remembered if it was known."""
+        self._prompts.inc(tags={"source": "remembered" if known else "encoded"})
 
 
 class PoolMeter:

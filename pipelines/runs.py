@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -36,7 +37,8 @@ class RunRecord:
             is a fraction
         engines: for each its model, node and accelerator, its state, the seconds of its start by phase
             (place, imports, fetch, load, first_image), its seconds in all and those busy, how full its slots
-            were while busy, and the images and rejected rows that it ended
+            were while busy, the images and rejected rows that it ended, and the prompts that were encoded for it
+            or shared with others
     """
 
     def __init__(self, store: Store, run: int, began: float) -> None:
@@ -111,6 +113,12 @@ class RunRecord:
         }
 
 
+def prompts(runs: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many prompts were "encoded" and "shared" in these runs, as far as their engines lived to say."""
+    engines = [engine for run in runs for engine in run.get("engines", ())]
+    return dict(sum((Counter(engine.get("prompts", {})) for engine in engines), Counter()))
+
+
 def read_runs(store: Store) -> list[dict[str, Any]]:
     """The records of all runs, the first one first; damaged ones are left out."""
     found = []
@@ -137,4 +145,5 @@ def _engine(facts: EngineFacts) -> dict[str, Any]:
         "occupancy": round(reading.occupancy, 4),
         "images": reading.images,
         "rejected": sum(reading.rejected.values()),
+        "prompts": dict(reading.prompts),
     }

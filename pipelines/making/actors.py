@@ -18,7 +18,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..outputs.store import Store
 from . import backlog, board
 from .models import Models, shown_name
 from .pools import Ended, Pool, Pulse, turns
+from .texts import Texts, text_pool
 from .worker import Share, Task, Worker, WorkerBroken
 
 CORES_PER_ENGINE = 8
@@ -43,7 +44,15 @@ class ShardActor:
     """The class that Ray Data runs: `Worker` in an actor. Errors travel as pickled data, since an exception would
     reach the driver as the text of a traceback only."""
 
-    def __init__(self, task: Task, store: Store, models: Models, board: Any, threads: int | None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        store: Store,
+        models: Models,
+        board: Any,
+        threads: int | None,
+        encoders: Sequence[Any] = (),
+    ) -> None:
         imported = time.monotonic() - ARRIVED
         self._name, self._board, self._failure = uuid.uuid4().hex[:8], board, None
         self._facts = _place()
@@ -54,7 +63,8 @@ class ShardActor:
                 import torch
 
                 torch.set_num_threads(threads)
-            self._worker = Worker(task, store, models, ImageMeter(shown_name(task.model.source)))
+            texts = Texts(encoders, task.config.workers.start_timeout) if encoders else None
+            self._worker = Worker(task, store, models, ImageMeter(shown_name(task.model.source)), texts)
             self._worker.watchdog.last_resort = True
             self._facts["start"] = {"imports": imported, **self._worker.start}
         except Exception as error:
@@ -118,20 +128,34 @@ def generate_on_ray(
         try:
             for share in shares:
                 pulse = None
-                for event in _pool(Task(config, run, share.model), store, models, share, size).run():
-                    if isinstance(event, Pulse):
-                        event = pulse = replace(event, engines=(*past, *event.engines), ray=connected)
-                        meter.see(event)
-                    else:
-                        meter.committed()
-                    yield event
+                task = Task(config, run, share.model)
+                with _texts(task, store, models, size) as encoders:
+                    for event in _pool(task, store, models, share, size, encoders).run():
+                        if isinstance(event, Pulse):
+                            event = pulse = replace(event, engines=(*past, *event.engines), ray=connected)
+                            meter.see(event)
+                        else:
+                            meter.committed()
+                        yield event
                 past = pulse.engines if pulse else past
         except RayError as error:
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             raise JobError(f"Ray stopped the job: {type(error).__name__}: {first}") from error
 
 
-def _pool(task: Task, store: Store, models: Models, share: Share, size: Size) -> Pool:
+def _texts(task: Task, store: Store, models: Models, size: Size) -> AbstractContextManager[Sequence[Any]]:
+    """The text encoders of one model, if the job has a pool of them."""
+    workers = task.config.workers
+    if not workers.text_encoders:
+        return nullcontext(())
+    return text_pool(
+        workers.text_encoders, size.text_options, models, task.model, store, size.threads, workers.patience
+    )
+
+
+def _pool(
+    task: Task, store: Store, models: Models, share: Share, size: Size, encoders: Sequence[Any]
+) -> Pool:
     """The pool of one model, ready to run."""
     import ray
     import ray.data
@@ -154,7 +178,7 @@ def _pool(task: Task, store: Store, models: Models, share: Share, size: Size) ->
     rows = turns(share.shards, most, in_flight)
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardActor,
-        fn_constructor_args=(task, store, models, posted, size.threads),
+        fn_constructor_args=(task, store, models, posted, size.threads, encoders),
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(
@@ -183,6 +207,7 @@ class Size:
 
     Attributes:
         options: of `map_batches`: what an actor takes and where it may be.
+        text_options: of the actors that are text encoders: the same kind of device, as the bytes depend on it.
         threads: torch threads of an engine on CPU, or None.
 
     Raises:
@@ -193,18 +218,21 @@ class Size:
         self._workers = workers
         resources = _resources()
         gpus, cpus = resources.get("GPU", 0.0), max(1.0, resources.get("CPU", 1.0))
+        texts = (workers.text_encoders or 0) * workers.text_share
         wants_gpu = gpus > 0 and device != "cpu" if workers.gpus is None else workers.gpus > 0
         if device.startswith("cuda") and not wants_gpu:
             raise JobError(f"device {device} asked for, but the cluster has no GPU")
         if wants_gpu:
-            kind, each, there, self.threads = "GPU", workers.gpus or 1.0, gpus, None
+            kind, each, there, self.threads = "GPU", workers.gpus or 1.0, gpus - texts, None
         else:
+            cpus -= texts
             actors = workers.most or max(1, int(cpus / (workers.cpus or CORES_PER_ENGINE)))
             kind, each, there = "CPU", workers.cpus or max(1.0, cpus // actors), cpus
             self.threads = max(1, int(each))
         if each > there and not workers.most:
+            beside = f" beside its {workers.text_encoders} text encoders" if texts else ""
             raise JobError(
-                f"each engine asks for {each:g} {kind}, the cluster has {there:g}; "
+                f"each engine asks for {each:g} {kind}, the cluster has {there:g}{beside}; "
                 "with workers.actors the job waits for a cluster that grows"
             )
         self._fit = max(1, int(there / each))
@@ -212,10 +240,13 @@ class Size:
             "num_gpus": each if wants_gpu else None,
             "num_cpus": (workers.cpus or None) if wants_gpu else each,
         }
-        if workers.accelerator:
-            self.options["accelerator_type"] = workers.accelerator
-        if workers.labels:
-            self.options["label_selector"] = workers.labels
+        share = "num_gpus" if wants_gpu else "num_cpus"
+        self.text_options: dict[str, Any] = {"num_cpus": 0, share: workers.text_share}
+        for options in (self.options, self.text_options):
+            if workers.accelerator:
+                options["accelerator_type"] = workers.accelerator
+            if workers.labels:
+                options["label_selector"] = workers.labels
 
     def engines(self, shards: int) -> tuple[int, int, int]:
         """Engines at least, at first and at most; never more than shards, and at first as many as fit now."""

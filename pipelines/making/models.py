@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,36 @@ from ..config import ModelOptions, storage_options
 if TYPE_CHECKING:
     from diffray.model import Engine
     from diffray.model.config import ModelConfig
+    from diffray.model.networks.text import Encode, Encoded
+    from diffray.model.weights.load import Model
+    from diffray.model.weights.texts import Texts
+
+
+@dataclass(frozen=True, slots=True)
+class TextFacts:
+    """What decides an encoded prompt's bytes.
+
+    Attributes:
+        checksum: of the model's files.
+        adapters: name and checksum of each.
+        threads: on CPU, where the last bits may depend on them.
+    """
+
+    checksum: str
+    adapters: tuple[tuple[str, str], ...]
+    device: str
+    dtype: str
+    threads: int | None
+
+    @classmethod
+    def of(cls, model: Model | Texts) -> TextFacts:
+        """Those of a loaded model, in this process."""
+        import torch
+
+        device, dtype = _kind(model)
+        adapters = tuple(model.adapters.checksums().items())
+        threads = torch.get_num_threads() if device == "cpu" else None
+        return cls(model.checksum, adapters, device, dtype, threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +56,10 @@ class OpenModel:
     dtype: str
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Checksums of its adapters by name."""
+    prompts: Callable[[], Mapping[str, int]] = dict
+    """How many prompts were "encoded" so far, and "shared" with other engines."""
+    texts: TextFacts | None = None
+    """What its own text encoder is, or would be if its prompts were not encoded elsewhere."""
 
     def facts(self) -> dict[str, Any]:
         """What every worker of one job must agree on."""
@@ -46,6 +80,28 @@ class OpenModel:
     def broken(self) -> BaseException | None:
         """What stopped the engine for good, if something did: then no image's error is its own."""
         return self.engine.failure
+
+
+class OpenTexts:
+    """Text encoders that run, without the rest of their model. Used by one thread.
+
+    Args:
+        memory: bytes of encoded prompts to keep.
+    """
+
+    def __init__(self, texts: Texts, memory: int) -> None:
+        self._texts, self.facts = texts, TextFacts.of(texts)
+        self._cache = texts.encoder.cache
+        self._cache.limit = max(1, memory // texts.encoder.zeros().context.nbytes)
+
+    @property
+    def runs(self) -> int:
+        """Prompts for which the towers ran, the others were remembered."""
+        return self._cache.misses
+
+    def encode(self, prompt: str, clip_skip: int, adapters: tuple[Any, ...]) -> Encoded:
+        """See `Texts.encode`."""
+        return self._texts.encode(prompt, clip_skip, adapters)
 
 
 class Models:
@@ -87,17 +143,29 @@ class Models:
         for source in self._adapters(options).values():
             resolve(source)
 
-    def open(self, options: ModelOptions) -> OpenModel:
-        """Load the weights and start an engine."""
+    def open(self, options: ModelOptions, text: Encode | None = None) -> OpenModel:
+        """Load the weights and start an engine.
+
+        Args:
+            text: encodes the prompts; the model's text encoders are then not loaded.
+        """
         from diffray.model import Engine, load_model
 
         source, arguments = self._local(options.source), self._arguments(options)
-        model = load_model(source, device=options.device, dtype=options.dtype, **arguments)
+        model = load_model(source, device=options.device, dtype=options.dtype, text=text, **arguments)
         engine = Engine(model, batch_size=options.batch_size)
         engine.start()
-        device, dtype = str(model.device).partition(":")[0], str(model.dtype).removeprefix("torch.")
         adapters = model.adapters.checksums()
-        return OpenModel(engine, shown_name(options.source), model.checksum, device, dtype, adapters)
+        name, cache = shown_name(options.source), model.text.cache
+        counts: Callable[[], Mapping[str, int]] = lambda: {"encoded": cache.misses}  # noqa: E731
+        return OpenModel(engine, name, model.checksum, *_kind(model), adapters, counts, TextFacts.of(model))
+
+    def open_texts(self, options: ModelOptions, memory: int) -> OpenTexts:
+        """Load the text encoders alone, which keep so many bytes of what they encoded."""
+        from diffray.model.weights.texts import load_texts
+
+        source, arguments = self._local(options.source), self._arguments(options)
+        return OpenTexts(load_texts(source, device=options.device, dtype=options.dtype, **arguments), memory)
 
     def _local(self, source: str) -> str:
         """The source, or where it was fetched to if it is a URL."""
@@ -111,6 +179,11 @@ class Models:
     def _arguments(self, options: ModelOptions) -> dict[str, Any]:
         own = {k: self._local(v) if isinstance(v, str) else v for k, v in options.options.items()}
         return own | ({"adapters": self._adapters(options)} if options.adapters else {})
+
+
+def _kind(model: Model | Texts) -> tuple[str, str]:
+    """Kind of device, and type."""
+    return str(model.device).partition(":")[0], str(model.dtype).removeprefix("torch.")
 
 
 def shown_name(source: str) -> str:

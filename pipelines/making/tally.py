@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 ENGINE, ENCODE, STORE = STAGES = ("engine", "encode", "store")
 """Where an image can be: waiting for or in the engine, being encoded, in a shard that is being stored."""
+TEXT = "text"
+"""And, in a job that has a pool of text encoders, waiting for its prompts."""
 
 
 class Meter(Protocol):
@@ -33,7 +35,8 @@ class Reading:
     Attributes:
         images, rejected: ended by this worker, whether committed yet or not; rejected by stage.
         uncommitted: (images, rejected) of each shard that is not committed yet.
-        inside: images in each of `STAGES` now.
+        inside: images in each of `STAGES` now, and in `TEXT` if there is such a stage.
+        prompts: how many were "encoded" for this worker, and "shared" with others.
         up: seconds since the worker began.
         busy: seconds of these in which its engine had work.
         filled: integral of the engine's images over time, at most `slots` of them counted.
@@ -45,6 +48,7 @@ class Reading:
     rejected: Mapping[str, int] = field(default_factory=dict)
     uncommitted: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     inside: Mapping[str, int] = field(default_factory=dict)
+    prompts: Mapping[str, int] = field(default_factory=dict)
     up: float = 0.0
     busy: float = 0.0
     filled: float = 0.0
@@ -63,10 +67,13 @@ class Tally:
     Args:
         slots: images that the engine denoises together.
         meter: told about every image too.
+        prompts: says how many prompts were encoded so far.
     """
 
-    def __init__(self, slots: int = 1, meter: Meter | None = None) -> None:
-        self.slots, self._meter = max(1, slots), meter
+    def __init__(
+        self, slots: int = 1, meter: Meter | None = None, prompts: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
+        self.slots, self._meter, self._prompts = max(1, slots), meter, prompts
         self._began = self._changed = time.monotonic()
         self._images = 0
         self._rejected: Counter[str] = Counter()
@@ -117,6 +124,7 @@ class Tally:
             rejected=dict(self._rejected),
             uncommitted={shard: (made, rejected) for shard, (made, rejected) in self._uncommitted.items()},
             inside=dict(self._inside),
+            prompts=dict(self._prompts()),
             up=self._changed - self._began,
             busy=self._busy,
             filled=self._filled,

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from diffray.model.encoding import encode_image
-from diffray.model.errors import GenerationError, InvalidRequest, JobConflict
+from diffray.model.errors import GenerationError, InvalidRequest, JobConflict, JobError
+from diffray.model.request import ImageRequest
 from diffray.model.tickets import Result
 
 from ..config import JobConfig, ModelOptions
@@ -39,13 +40,16 @@ from ..planning.rows import PlannedImage
 from .attempts import Attempts
 from .models import Models
 from .scores import Examiner, Refused
-from .tally import ENCODE, ENGINE, STORE, Meter, Tally
+from .tally import ENCODE, ENGINE, STORE, TEXT, Meter, Tally
+from .texts import Texts
 from .watchdog import Hanging, Watchdog
 
 T = TypeVar("T")
 
 MODEL = "_diffray/model.json"
 ENCODERS = READERS = 4
+ASKERS = 16
+"""Images that wait for their prompts at the same time."""
 
 
 class WorkerBroken(Exception):
@@ -76,6 +80,7 @@ class Worker:
 
     Args:
         meter: told about every image as it ends.
+        texts: encodes the prompts, if not the engine itself.
 
     Attributes:
         start: seconds that fetching and loading the model took.
@@ -86,16 +91,33 @@ class Worker:
         JobConflict: software or model are not those of the job's other workers.
     """
 
-    def __init__(self, task: Task, store: Store, models: Models, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        store: Store,
+        models: Models,
+        meter: Meter | None = None,
+        texts: Texts | None = None,
+    ) -> None:
         self._config, self._run, self._store = task.config, task.run, store
         check_versions(store)
         began = time.monotonic()
         models.fetch(task.model)
         fetched = time.monotonic()
-        self._model = models.open(task.model)
+        self._model = models.open(task.model) if texts is None else models.open(task.model, texts)
+        self._texts = texts
+        if texts is not None:
+            texts.expected = self._model.texts
         self.start = {"fetch": fetched - began, "load": time.monotonic() - fetched}
-        self.tally = Tally(self._model.engine.batch_size, meter)
-        self.watchdog = Watchdog(task.config.workers.patience, lambda: (self._model.ticks, self._ended))
+        self.tally = Tally(
+            self._model.engine.batch_size,
+            meter,
+            self._model.prompts if texts is None else lambda: texts.counts,
+        )
+        self.watchdog = Watchdog(
+            task.config.workers.patience,
+            lambda: (self._model.ticks, self._ended, texts and texts.waits),
+        )
         self._ended = 0
         self._making: dict[int, asyncio.Future[Any]] = {}
         self._returned: set[int] = set()
@@ -105,6 +127,7 @@ class Worker:
         self._scale = kind.vae.scale
         self._sources = Sources(task.config, kind)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        self._askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="text")
         self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
@@ -130,6 +153,7 @@ class Worker:
         self._model.engine.close()
         self._encoders.shutdown()
         self._readers.shutdown()
+        self._askers.shutdown(wait=False, cancel_futures=True)
 
     async def make(self, number: int) -> Commit | None:
         """Make one shard final; one that already is costs a look. None when `give_back` came first.
@@ -201,7 +225,7 @@ class Worker:
         except WorkerBroken as error:
             await asyncio.to_thread(attempts.blame, record, str(error))
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, JobError):
             await asyncio.to_thread(attempts.end_row, record)
             raise
 
@@ -217,7 +241,7 @@ class Worker:
             except WorkerBroken as error:
                 await asyncio.to_thread(attempts.blame, record, str(error))
                 raise
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, JobError):
                 await asyncio.to_thread(attempts.end_row, record)
                 raise
             await asyncio.to_thread(attempts.end_row, record)
@@ -243,7 +267,8 @@ class Worker:
 
     async def _sourced(self, image: PlannedImage, spent: dict[str, float]) -> Outcome:
         """Read what the image is made from, so much ahead that the engine never waits, and no more."""
-        if not self._sources.needed(image):
+        needed = self._sources.needed(image)
+        if not needed and self._texts is None:
             assert image.request is not None, "the plan's own rejections never come here"
             return await self._outcome(Ready(image, image.request), spent)
         loop = asyncio.get_running_loop()
@@ -253,7 +278,8 @@ class Worker:
                 ready = await loop.run_in_executor(self._readers, self._sources.ready, image)
             except InvalidRequest as error:
                 return Rejected(image, "source", error.field, error.reason, 1)
-            spent["read"] = time.monotonic() - began
+            if needed:
+                spent["read"] = time.monotonic() - began
             return await self._outcome(ready, spent)
 
     def _room(self, loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
@@ -278,9 +304,19 @@ class Worker:
             return Result(picture, None, request, {"decode": time.monotonic() - began})
         return await asyncio.wrap_future(engine.submit(request).future)
 
+    async def _prefetch(self, request: ImageRequest, spent: dict[str, float]) -> None:
+        """Have the prompts encoded before the engine begins with the image: it would stand still meanwhile."""
+        began = time.monotonic()
+        with self.tally.inside(TEXT):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._askers, self._model.engine.prefetch, request)
+        spent["text"] = time.monotonic() - began
+
     async def _outcome(self, ready: Ready, spent: dict[str, float]) -> Outcome:
         image = ready.image
         try:
+            if self._texts is not None:
+                await self._prefetch(ready.request, spent)
             with self.tally.inside(ENGINE):
                 result = await self._computed(ready)
         except InvalidRequest as error:
@@ -289,6 +325,8 @@ class Worker:
             if self._model.broken is not None:
                 raise WorkerBroken(str(error)) from error
             return Rejected(image, "generate", None, str(error), 1)
+        except JobError:
+            raise  # no text encoders: neither this row nor this process is to blame
         except Exception as error:
             raise WorkerBroken(f"{type(error).__name__}: {error}") from error
         spent.update(result.timings)

@@ -20,6 +20,7 @@ from ..outputs.index import Survey, survey
 from ..outputs.sample import Sample
 from ..outputs.store import SCRATCH, Store
 from ..planning.plan import Plan
+from ..runs import prompts, read_runs
 from . import account, card, duplicates, gallery, sheet
 from .account import TIMED_FILES as TIMED_FILES
 
@@ -44,7 +45,8 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
     _write_pages(store, config, totals, found, refused, alike)
     size = sum(file["bytes"] for commit in commits for file in commit.files if _is_data(file["path"]))
     times = account.Times.of(commits)
-    store.write(account.REPORT, account.account(config, totals, refused, found, alike, size, times))
+    encoded = prompts(read_runs(store))
+    store.write(account.REPORT, account.account(config, totals, refused, found, alike, size, times, encoded))
     store.write(account.THROUGHPUT, account.throughput(times))
     for leftover in store.list(SCRATCH):
         store.remove(f"{SCRATCH}/{leftover}")

@@ -123,8 +123,13 @@ def account(
     duplicates: int | None,
     size: int,
     times: Times,
+    prompts: Mapping[str, int] | None = None,
 ) -> bytes:
-    """`report.json`: totals, rejected rows by reason, scores, times and, given a price, costs."""
+    """`report.json`: totals, rejected rows by reason, scores, times and, given a price, costs.
+
+    Args:
+        prompts: how many were encoded, and how many engines took over from each other.
+    """
     images, seconds = totals["images"], times.seconds
     report: dict[str, Any] = {
         **totals,
@@ -136,6 +141,7 @@ def account(
         "images_per_second": round(images / seconds, 4) if seconds else None,
         "machine_seconds": round(times.machine_seconds, 3),
         "workers": times.workers,
+        "prompts": dict(prompts or {}),
         "start_seconds": {phase: round(value, 3) for phase, value in times.start.items()},
         "stage_seconds": {stage: round(value, 3) for stage, value in sorted(times.stages.items())},
     }
