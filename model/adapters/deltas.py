@@ -138,7 +138,7 @@ def _lokr(factors: Factors, shape: Shape) -> Tensor:
     else:
         second = _whole(factors, "lokr_w2")
     kernel = shape[2:]
-    second = second.reshape(second.shape[0], -1, *kernel)
+    second = second.reshape(second.shape[0], -1, *kernel).contiguous()
     return torch.kron(first.reshape(*first.shape, *[1] * len(kernel)), second)
 
 

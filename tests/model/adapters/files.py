@@ -70,7 +70,9 @@ def kohya(kind: str, place: tuple[str, str], single: bool = False) -> str:
         for folder, ldm in SINGLE.items() if single else ():
             module = ldm + module.removeprefix(folder) if module.startswith(f"{folder}.") else module
         return f"lora_unet_{module.replace('.', '_')}"
-    tower = "te" if "text_encoder_2" not in oracle.components(kind) else "te2" if part.endswith("2") else "te1"
+    tower = (
+        "te" if "text_encoder_2" not in oracle.components(kind) else "te2" if part.endswith("2") else "te1"
+    )
     return f"lora_{tower}_{module.replace('.', '_')}"
 
 
