@@ -45,8 +45,13 @@ def digest(model: Model) -> str:
     state = hashlib.sha256()
     for network in (model.unet, model.text, model.vae):
         for name, tensor in sorted(network.state_dict().items()):
-            state.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            state.update(name.encode() + _bytes(tensor))
     return state.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def merged(model: Model, adapters: str) -> dict[str, Tensor]:
@@ -60,7 +65,7 @@ def test_packed_projections_change_by_rows(model: Model, sources: dict[str, str]
     block = "mid_block.attentions.0.transformer_blocks.0.attn1"
     before = model.unet.state_dict()[f"{block}.to_qkv.weight"].clone()
     own = load_file(sources["attention"])
-    pairs = [(own[f"unet.{block}.processor.to_{x}_lora.{y}.weight"] for y in ("up", "down")) for x in "qkv"]
+    pairs = [[own[f"unet.{block}.processor.to_{x}_lora.{y}.weight"] for y in ("up", "down")] for x in "qkv"]
     wanted = before + 0.5 * torch.cat([up @ down for up, down in pairs])
     torch.testing.assert_close(merged(model, "attention:0.5")[f"{block}.to_qkv.weight"], wanted)
 
@@ -162,6 +167,7 @@ def test_factors_are_read_once_while_they_fit(
     for adapters in ("one", "two", "one", "two,one"):
         merged(model, adapters)
     assert reads == ["one", "two"]
+    own.restore()
     small = Adapters(own._adapters, model.unet, model.text, ["text_encoder"], factor_bytes=1)
     model.adapters = small
     wanted = merged(model, "one,two")
