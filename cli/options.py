@@ -216,6 +216,12 @@ OPTIONS = (
     JobOption(
         "actors", _option(str | None, "At most this many engines, or a range such as 2-16."), "workers.actors"
     ),
+    JobOption(
+        "text_encoders",
+        _option(int | None, "So many text encoders for all engines; 0 leaves each engine to itself."),
+        "workers.text_encoders",
+        PAINTING,
+    ),
     JobOption("address", _option(str | None, "Ray cluster to connect to."), "workers.address"),
 )
 STORAGE = {"endpoint": Endpoint, "profile": Profile, "anonymous": Anonymous, "storage": Storage}
