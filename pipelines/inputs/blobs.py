@@ -3,7 +3,7 @@
 A reference is text, so that tables hold it and a row that diffray wrote can be fed back:
 
     cats/1.jpg                                      a file
-    input:train.parquet#row=12&column=image         a cell of a Parquet or Arrow table, rows counted from 0
+    input:train.parquet#row=12&column=image         a cell of a Parquet, Arrow or Lance table, rows counted from 0
     input:shards/0.tar#offset=1536&bytes=20480      a member of a tar
 
 What begins with `input:` is found below the folder of the job's input, anything else below `pictures.root`, which
@@ -19,8 +19,9 @@ import re
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from posixpath import dirname, join, normpath
 from typing import Any, Self, TypeVar
 
@@ -29,6 +30,9 @@ import pyarrow.parquet as pq
 
 from diffray.model.errors import JobError
 from diffray.model.storage import open_storage
+
+from .lance import ENDING as LANCE
+from .lance import LanceRows, lance_url
 
 T = TypeVar("T")
 
@@ -52,7 +56,7 @@ class BlobError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One value of a Parquet or Arrow table; its row counts from 0."""
+    """One value of a Parquet, Arrow or Lance table; its row counts from 0."""
 
     file: str
     row: int
@@ -138,16 +142,22 @@ class Blobs:
         files: folder of files that are named by path; None is `root`.
         storage: fsspec options by URL, as `JobConfig.storage_options` gives them.
         limit: bytes of one value, at most.
+        planned: fingerprint of the input that was planned; None where there is no plan.
     """
 
     def __init__(
-        self, root: str, files: str | None, storage: Callable[[str], Mapping[str, Any]], limit: int
+        self,
+        root: str,
+        files: str | None,
+        storage: Callable[[str], Mapping[str, Any]],
+        limit: int,
+        planned: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self._roots = {True: open_storage(root, storage(root))}
         self._roots[False] = open_storage(files, storage(files)) if files else self._roots[True]
         self._files = files or root
-        self._limit = limit
-        self._tables: OrderedDict[tuple[bool, str], _Rows] = OrderedDict()
+        self._limit, self._storage, self._planned = limit, storage, planned
+        self._tables: OrderedDict[tuple[bool, str], _Rows | _LanceTable] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, text: str) -> bytes | None:
@@ -201,16 +211,22 @@ class Blobs:
             raise BlobError(f"{reference}: got {len(value)} bytes, allowed are {self._limit}")
         return value
 
-    def _table(self, file: str, inside: bool) -> _Rows:
+    def _table(self, file: str, inside: bool) -> _Rows | _LanceTable:
         key = (inside, file)
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)
                 return self._tables[key]
-            table = self._tables[key] = self._patiently(file, inside, lambda fs, path: _Rows(fs, path))
+            table = self._tables[key] = self._patiently(file, inside, partial(self._opened, inside))
             if len(self._tables) > OPEN_TABLES:
                 self._tables.popitem(last=False)
             return table
+
+    def _opened(self, inside: bool, fs: Any, path: str) -> _Rows | _LanceTable:
+        if not path.endswith(LANCE):
+            return _Rows(fs, path)
+        url = lance_url(fs, path)
+        return _LanceTable(LanceRows(url, self._storage(url), self._planned if inside else None))
 
     def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T]) -> T:
         """`read(filesystem, full path)`; what is missing is the row's fault, all else is tried again."""
@@ -282,6 +298,20 @@ class _Rows:
         while cursor.next <= offset:
             cursor.advance()
         return cursor.found(offset)
+
+
+class _LanceTable:
+    """The same of a Lance dataset, which has its own ways to a row."""
+
+    def __init__(self, dataset: LanceRows) -> None:
+        self._dataset, self.rows = dataset, dataset.rows
+
+    def value(self, reference: Cell) -> Any:
+        """The value of a cell as a Python object."""
+        try:
+            return self._dataset.value(reference.row, reference.column)
+        except (KeyError, pa.ArrowException) as error:
+            raise BlobError(f"{reference}: {error or 'no such column'}") from None
 
 
 class _Cursor:

@@ -1,4 +1,4 @@
-"""Parquet and Arrow tables as rows. Cells of bytes are not read; the row holds a reference to them."""
+"""Parquet, Arrow and Lance tables as rows. Cells of bytes are not read; the row holds a reference to them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def read_arrow(file: IO[bytes], name: str) -> Iterator[SourceRow]:
         blobs = [field.name for field in batch.schema if is_blob(field.type)]
         rest = batch.drop_columns(blobs) if blobs else batch
         yield from _rows(rest, name, start, blobs)
+        start += batch.num_rows
+
+
+def read_lance(dataset: Any, name: str) -> Iterator[SourceRow]:
+    """Rows of a version of a Lance dataset."""
+    blobs = [field.name for field in dataset.schema if is_blob(field.type)]
+    plain = [field.name for field in dataset.schema if not is_blob(field.type)]
+    start = 0
+    for batch in dataset.to_batches(columns=plain, batch_size=BATCH, scan_in_order=True):
+        yield from _rows(batch, name, start, blobs)
         start += batch.num_rows
 
 

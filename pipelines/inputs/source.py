@@ -8,6 +8,7 @@ and one bad line must cost one row. Memory stays constant whatever the table's s
     .parquet .arrow    tables; cells of bytes are left where they are
     .txt               one prompt per line
     .tar               WebDataset: members of one name are a row
+    .lance             Lance datasets, which are folders; the newest version
 
 A glob is all files it matches, a folder all such files below it, in name order; names that begin with `_` or `.`
 are passed by. Three kinds of folders are more than that: one that `datasets` saved to disk is its Arrow files in
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -33,7 +35,9 @@ from diffray.model.storage import open_storage
 
 from ..config import InvalidJob
 from .archives import read_tar
-from .columnar import features, read_arrow, read_parquet, stated_schema
+from .columnar import features, read_arrow, read_lance, read_parquet, stated_schema
+from .lance import ENDING as LANCE
+from .lance import lance_digest, lance_url, open_lance
 from .readers import SourceRow, checked, read_csv, read_jsonl, read_text, read_tsv
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -52,7 +56,7 @@ READERS: dict[str, Reader] = {
     ".txt": read_text,
     ".tar": read_tar,
 }
-COLUMNAR = (".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow", LANCE)
 WHOLE = (*COLUMNAR, ".tar")
 """Read by position, so never through a decompressor."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -90,7 +94,7 @@ class Source:
         limit: int | None = None,
     ) -> None:
         urls = [inputs] if isinstance(inputs, str) else list(inputs)
-        found, self._limit = [], limit
+        found, self._limit, self._storage = [], limit, storage
         for url in urls:
             try:
                 self._fs, path = open_storage(url, storage(url))
@@ -122,6 +126,9 @@ class Source:
             return
         for path in found.files:
             try:
+                if _ending(path) == LANCE:
+                    yield from read_lance(self._lance(path), self._name(path))
+                    continue
                 with self._opened(path) as file:
                     yield from READERS[_ending(path)](file, self._name(path))
             except (OSError, EOFError, pa.ArrowException) as error:
@@ -153,8 +160,11 @@ class Source:
         schemas = []
         for path in self.files:
             try:
-                with self._opened(path) as file:
-                    schemas.append(stated_schema(file, path))
+                if _ending(path) == LANCE:
+                    schemas.append(self._lance(path).schema)
+                else:
+                    with self._opened(path) as file:
+                        schemas.append(stated_schema(file, path))
             except (OSError, pa.ArrowException) as error:
                 raise InvalidJob(f"input {path}: {error}") from None
             self.features |= features(schemas[-1])
@@ -166,11 +176,17 @@ class Source:
     def _opened(self, path: str) -> Any:
         return self._fs.open(path, "rb", compression=None if _ending(path) in WHOLE else "infer")
 
+    def _lance(self, path: str) -> Any:
+        url = lance_url(self._fs, path)
+        return open_lance(url, self._storage(url))
+
     def _name(self, path: str) -> str:
         return relpath(path, self._root)
 
     def _digest(self, path: str) -> dict[str, Any]:
         """Of the whole file, or of chunks spread over a large one; beginning and end are always among them."""
+        if _ending(path) == LANCE:
+            return lance_digest(self._lance(path))
         digest, size = hashlib.sha256(), int(self._fs.size(path) or 0)
         with self._fs.open(path, "rb") as file:
             if size <= SAMPLED_ABOVE * CHUNK or _ending(path) not in WHOLE:
@@ -198,7 +214,8 @@ def input_root(inputs: Sequence[str], storage: Callable[[str], Mapping[str, Any]
     for url in inputs:
         fs, path = open_storage(url, storage(url))
         wild = _wildcard(path)
-        roots.append(dirname(path[:wild] + "x") if wild >= 0 else path if fs.isdir(path) else dirname(path))
+        folder = fs.isdir(path) and _ending(path) != LANCE
+        roots.append(dirname(path[:wild] + "x") if wild >= 0 else path if folder else dirname(path))
     common = commonpath(roots)
     return common if "://" not in inputs[0] else str(fs.unstrip_protocol(common))
 
@@ -214,11 +231,11 @@ def _expanded(fs: Any, path: str) -> _Found:
     Raises:
         InvalidJob: it is something that is not read.
     """
-    if _ending(path.rstrip("/")) == ".lance":
-        raise InvalidJob(f"input {path}: Lance datasets are not read; write them as Parquet first")
     if (wild := _wildcard(path)) >= 0:
         root = dirname(path[:wild] + "x")
         return _tables_or_pictures(root, list(_visible(root, fs.glob(path))))
+    if _ending(path) == LANCE:
+        return _Found(dirname(path), [path] if fs.isdir(path) else [])
     if not fs.isdir(path):
         if not fs.exists(path):
             return _Found(dirname(path), [])
@@ -230,7 +247,7 @@ def _expanded(fs: Any, path: str) -> _Found:
 
 
 def _tables_or_pictures(root: str, paths: Sequence[str]) -> _Found:
-    tables = [p for p in paths if _ending(p) in READERS]
+    tables = [p for p in paths if _ending(p) in (*READERS, LANCE)]
     pictures = [p for p in paths if splitext(p)[1].lower() in PICTURES]
     if not pictures:
         return _Found(root, tables)
@@ -258,8 +275,9 @@ def _saved_to_disk(fs: Any, folder: str) -> list[str]:
 
 
 def _visible(root: str, paths: Sequence[str]) -> Iterator[str]:
-    """Those without a hidden part below `root`, in name order."""
-    for path in sorted(str(p) for p in paths):
+    """Those without a hidden part below `root`, in name order; a Lance dataset in place of the files in it."""
+    whole = (re.sub(rf"(?<={re.escape(LANCE)})/.*", "", str(path), flags=re.DOTALL) for path in paths)
+    for path in sorted(set(whole)):
         below = path[len(root) :]
         if "/_" not in below and "/." not in below:
             yield path
@@ -273,6 +291,6 @@ def _ending(path: str) -> str:
 def _check_ending(path: str) -> None:
     ending = _ending(path)
     if ending not in READERS:
-        raise InvalidJob(f"input {path}: allowed endings are {', '.join(READERS)}")
+        raise InvalidJob(f"input {path}: allowed endings are {', '.join((*READERS, LANCE))}")
     if ending in WHOLE and not path.lower().endswith(ending):
         raise InvalidJob(f"input {path}: unpack it first; {ending} files are read by position")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,10 +44,13 @@ class Sources:
     Args:
         config: the job, with absolute paths.
         model: the worker's model.
+        planned: fingerprint of the input that was planned, if there is a plan.
     """
 
-    def __init__(self, config: JobConfig, model: ModelConfig) -> None:
-        self._config, self._model = config, model
+    def __init__(
+        self, config: JobConfig, model: ModelConfig, planned: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        self._config, self._model, self._planned = config, model, planned
         self._kind = KINDS[config.task]
         sources = self._kind.sources([*config.columns, *config.templates])
         self._columns = {name: SOURCE_COLUMN.get(name, name) for name in sources}
@@ -95,7 +98,7 @@ class Sources:
             config = self._config
             root = input_root(config.inputs, config.storage_options)
             rules = config.pictures
-            self._blobs = Blobs(root, rules.root, config.storage_options, rules.max_bytes)
+            self._blobs = Blobs(root, rules.root, config.storage_options, rules.max_bytes, self._planned)
         try:
             return self._blobs.read(text)
         except BlobError as error:

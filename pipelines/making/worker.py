@@ -125,14 +125,14 @@ class Worker:
         self._turns = _Turns()
         kind = models.config(task.model)
         self._scale = kind.vae.scale
-        self._sources = Sources(task.config, kind)
+        plan = read_plan(store)
+        self._sources = Sources(task.config, kind, plan.input if plan else None)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="text")
         self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
-        plan = read_plan(store)
         self._sample = Sample.of(task.config, plan.images if plan else 0)
         encoding = task.config.encoding
         self._output = Output(

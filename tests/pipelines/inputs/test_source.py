@@ -190,7 +190,6 @@ def test_a_cut_off_tar_costs_the_sample_that_is_cut_off(place: Place) -> None:
     [
         ("a.tar.gz", b"", "unpack it first"),
         ("a.tar", b"no tar at all" * 100, "a.tar"),
-        ("a.lance", None, "Lance datasets are not read"),
         ("a.arrow", b"nothing", "a.arrow"),
         ("a.webp2", b"", "allowed endings"),
     ],
