@@ -182,9 +182,15 @@ def test_sigterm_exits_143_and_ctrl_c_130_and_the_job_can_go_on(tmp_path: Path, 
         "import diffray.pipelines.job as job; job.Models = fake.FakeModels\n"
         "from diffray.cli import main; main()\n"
     )
-    command = [sys.executable, launcher, "generate", table, tmp_path / "o", "--shard-images", "5"]
+    command = [sys.executable, launcher, "generate", table, tmp_path / "o", "--shard-images", "1"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        start_new_session=True,
+        # Under nohup and the like the tests ignore it, and what they start would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         until = time.monotonic() + 280

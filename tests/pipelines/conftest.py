@@ -112,7 +112,14 @@ def ray_session() -> Iterator[None]:
 
     mode = os.environ.get("RAY_AUTH_MODE")  # Ray sets it and leaves it behind
     ray.cloudpickle.register_pickle_by_value(fake)
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _system_config={"metrics_report_interval_ms": 1000},  # what has a test wait for metrics
+    )
     yield
     ray.shutdown()
     if mode is None:

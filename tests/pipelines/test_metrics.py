@@ -26,7 +26,7 @@ def exported(port: int) -> str:
 def test_every_documented_figure_is_exported(place: Place) -> None:
     import ray
 
-    table = place.write("prompt,n\nSLOW p,60\nPOISON,1\n")
+    table = place.write("prompt,n\nSLOW p,20\nPOISON,1\n")
     place.run(place.config(table, workers={"actors": 1}), generate=generate_on_ray)
     port = ray.nodes()[0]["MetricsExportPort"]
     until = time.monotonic() + 60

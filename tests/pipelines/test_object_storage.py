@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from diffray.cli.app import app
 from diffray.model.errors import JobConflict, StorageError
 from diffray.model.weights.source import embedded, resolve
 from diffray.pipelines import InvalidJob, JobConfig, Store, job_status, verify
@@ -213,7 +215,9 @@ def test_a_model_is_fetched_whole_in_spite_of_faults(
 
 
 @pytest.mark.slow
-def test_the_command_with_input_model_and_output_on_s3(tmp_path: Path, s3: S3) -> None:
+def test_the_command_with_input_model_and_output_on_s3(
+    tmp_path: Path, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real process with Ray: the worker gets the options too, and no log holds the secret."""
     url, files = s3.folder(), s3.filesystem()
     root = url.removeprefix("s3://")
@@ -249,18 +253,9 @@ def test_the_command_with_input_model_and_output_on_s3(tmp_path: Path, s3: S3) -
     finally:
         shutil.rmtree(logs, ignore_errors=True)
     assert [n for n, data in everything(s3, f"{url}/out").items() if s3.secret.encode() in data] == []
-    keys = {
-        "AWS_ACCESS_KEY_ID": s3.key,
-        "AWS_SECRET_ACCESS_KEY": s3.secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
     for command in (["status"], ["verify"], ["gc", "--age", "0"]):
-        shown = subprocess.run(
-            [DIFFRAY, *command, f"{url}/out", "--endpoint", s3.endpoint],
-            env={**hidden, **keys},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert shown.returncode == 0, shown.stderr
+        shown = CliRunner().invoke(app, [*command, f"{url}/out", "--endpoint", s3.endpoint])
+        assert shown.exit_code == 0, shown.stderr
     assert shown.stdout.endswith("0 orphans deleted\n")
