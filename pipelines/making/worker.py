@@ -1,35 +1,26 @@
 """One worker: an engine, and the shards that share it. No Ray in here.
 
-Several shards are in flight at once, so that the engine always has images to batch. Encoding and storage
-run in threads; the denoising loop never waits for them.
+Several shards are in flight at once, so that the engine always has images to batch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
-from diffray.model.encoding import encode_image
-from diffray.model.errors import GenerationError, InvalidRequest, JobConflict, JobError
-from diffray.model.request import ImageRequest
-from diffray.model.tickets import Result
+from diffray.model.errors import JobConflict, JobError
 
 from ..config import JobConfig, ModelOptions
-from ..inputs.sources import Ready, Sources
+from ..inputs.sources import Sources
 from ..outputs.commit import Commit, Origin, commit_path, read_commit, write_commit
 from ..outputs.fingerprint import check_versions
-from ..outputs.index import thumbnail
 from ..outputs.lock import check_owner
 from ..outputs.parts import Made, Outcome, Output, Rejected
 from ..outputs.sample import Sample
@@ -38,22 +29,17 @@ from ..outputs.tables import PlanShard
 from ..planning.plan import read_plan, read_shard
 from ..planning.rows import PlannedImage
 from .attempts import Attempts
+from .images import Maker
+from .images import WorkerBroken as WorkerBroken
 from .models import Models
-from .scores import Examiner, Refused
-from .tally import ENCODE, ENGINE, STORE, TEXT, Meter, Tally
+from .scores import Examiner
+from .tally import STORE, Meter, Tally
 from .texts import Texts
 from .watchdog import Hanging, Watchdog
 
 T = TypeVar("T")
 
 MODEL = "_diffray/model.json"
-ENCODERS = READERS = 4
-ASKERS = 16
-"""Images that wait for their prompts at the same time."""
-
-
-class WorkerBroken(Exception):
-    """The engine failed in a way that is no row's own error: this process must end, its work be redone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +91,6 @@ class Worker:
         models.fetch(task.model)
         fetched = time.monotonic()
         self._model = models.open(task.model) if texts is None else models.open(task.model, texts)
-        self._texts = texts
         if texts is not None:
             texts.expected = self._model.texts
         self.start = {"fetch": fetched - began, "load": time.monotonic() - fetched}
@@ -121,19 +106,14 @@ class Worker:
         self._ended = 0
         self._making: dict[int, asyncio.Future[Any]] = {}
         self._returned: set[int] = set()
-        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._turns = _Turns()
         kind = models.config(task.model)
-        self._scale = kind.vae.scale
         plan = read_plan(store)
-        self._sources = Sources(task.config, kind, plan.input if plan else None)
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
-        self._askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="text")
-        self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        sources = Sources(task.config, kind, plan.input if plan else None)
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
-        self._sample = Sample.of(task.config, plan.images if plan else 0)
+        sample = Sample.of(task.config, plan.images if plan else 0)
         encoding = task.config.encoding
         self._output = Output(
             {"jpeg": "jpg"}.get(encoding.format, encoding.format),
@@ -143,17 +123,26 @@ class Worker:
             encoding.metadata,
             self._examiner.columns,
         )
+        self._maker = Maker(
+            task.config,
+            self._model,
+            sources,
+            self._examiner,
+            sample,
+            self.tally,
+            name=self._output.model,
+            scale=kind.vae.scale,
+            texts=texts,
+        )
         self._origin = Origin(
             uuid.uuid4().hex[:12], task.run, time.time() - (time.monotonic() - began), self.start
         )
         self._check_model()
 
     def close(self) -> None:
-        """Stop the engine and the encoders."""
+        """Stop the engine and the threads around it."""
         self._model.engine.close()
-        self._encoders.shutdown()
-        self._readers.shutdown()
-        self._askers.shutdown(wait=False, cancel_futures=True)
+        self._maker.close()
 
     async def make(self, number: int) -> Commit | None:
         """Make one shard final; one that already is costs a look. None when `give_back` came first.
@@ -255,7 +244,7 @@ class Worker:
 
     async def _one(self, number: int, image: PlannedImage, timings: dict[str, float]) -> Outcome:
         spent: dict[str, float] = {}
-        outcome = await self._sourced(image, spent)
+        outcome = await self._maker.make(image, spent)
         self._ended += 1
         for phase, seconds in spent.items():
             timings[phase] += seconds
@@ -264,124 +253,6 @@ class Worker:
         else:
             self.tally.rejected(number, outcome.stage)
         return outcome
-
-    async def _sourced(self, image: PlannedImage, spent: dict[str, float]) -> Outcome:
-        """Read what the image is made from, so much ahead that the engine never waits, and no more."""
-        needed = self._sources.needed(image)
-        if not needed and self._texts is None:
-            assert image.request is not None, "the plan's own rejections never come here"
-            return await self._outcome(Ready(image, image.request), spent)
-        loop = asyncio.get_running_loop()
-        async with self._room(loop):
-            began = time.monotonic()
-            try:
-                ready = await loop.run_in_executor(self._readers, self._sources.ready, image)
-            except InvalidRequest as error:
-                return Rejected(image, "source", error.field, error.reason, 1)
-            if needed:
-                spent["read"] = time.monotonic() - began
-            return await self._outcome(ready, spent)
-
-    def _room(self, loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
-        """Keeps the pictures in memory few: those in the engine, and as many waiting for it."""
-        if self._gate is None or self._gate[0] is not loop:
-            self._gate = loop, asyncio.Semaphore(2 * self._model.engine.batch_size + READERS)
-        return self._gate[1]
-
-    async def _computed(self, ready: Ready) -> Result:
-        """What the engine makes of it: a picture, or latents."""
-        engine, request, task = self._model.engine, ready.request, self._config.task
-        began = time.monotonic()
-        if task == "encode":
-            assert request.init_image is not None, "the task needs one"
-            size = {"width": request.width, "height": request.height}
-            latents = await asyncio.wrap_future(engine.encode(request.init_image, **size))
-            return Result(None, latents, request, {"encode_latents": time.monotonic() - began})
-        if task == "decode":
-            import torch
-
-            picture = await asyncio.wrap_future(engine.decode(torch.from_numpy(ready.latents)))
-            return Result(picture, None, request, {"decode": time.monotonic() - began})
-        return await asyncio.wrap_future(engine.submit(request).future)
-
-    async def _prefetch(self, request: ImageRequest, spent: dict[str, float]) -> None:
-        """Have the prompts encoded before the engine begins with the image: it would stand still meanwhile."""
-        began = time.monotonic()
-        with self.tally.inside(TEXT):
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._askers, self._model.engine.prefetch, request)
-        spent["text"] = time.monotonic() - began
-
-    async def _outcome(self, ready: Ready, spent: dict[str, float]) -> Outcome:
-        image = ready.image
-        try:
-            if self._texts is not None:
-                await self._prefetch(ready.request, spent)
-            with self.tally.inside(ENGINE):
-                result = await self._computed(ready)
-        except InvalidRequest as error:
-            return Rejected(image, "generate", error.field, error.reason, 1)
-        except GenerationError as error:
-            if self._model.broken is not None:
-                raise WorkerBroken(str(error)) from error
-            return Rejected(image, "generate", None, str(error), 1)
-        except JobError:
-            raise  # no text encoders: neither this row nor this process is to blame
-        except Exception as error:
-            raise WorkerBroken(f"{type(error).__name__}: {error}") from error
-        spent.update(result.timings)
-        try:
-            with self.tally.inside(ENCODE):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._encoders, self._finished, image, result, spent)
-        except Refused as error:
-            return Rejected(image, "check", error.column, error.reason, 1)
-        except (OSError, ValueError) as error:
-            return Rejected(image, "encode", None, str(error), 1)
-
-    def _finished(self, image: PlannedImage, result: Result, spent: dict[str, float]) -> Made:
-        """A picture looked at and encoded; runs in a thread.
-
-        Raises:
-            Refused: the checks do not let it pass.
-        """
-        picture, request, model = result.image, result.request, self._model
-        if picture is None:
-            return self._latents(image, result)
-        began = time.monotonic()
-        scores = self._examiner.examine(picture, request)
-        checked = time.monotonic()
-        encoding = self._config.encoding
-        data = encode_image(
-            picture,
-            request,
-            format=encoding.format,
-            quality=encoding.quality,
-            model=self._output.model,
-            model_checksum=model.checksum,
-            adapter_checksums=model.adapters,
-        )
-        small = thumbnail(picture) if image.id in self._sample else None
-        spent |= {"check": checked - began, "encode": time.monotonic() - checked}
-        return Made(image, request, data, hashlib.sha256(data).hexdigest(), scores, small)
-
-    def _latents(self, image: PlannedImage, result: Result) -> Made:
-        """Latents as bytes, with what is needed to read them."""
-        assert result.latents is not None, "the engine gives one or the other"
-        dtype, request = self._config.encoding.latents, result.request
-        array = result.latents.numpy().astype(np.dtype(dtype).newbyteorder("<"))
-        if not np.isfinite(array).all():
-            raise ValueError(f"latents do not fit {dtype}")
-        data = array.tobytes()
-        source = request.init_image
-        small = thumbnail(source) if source is not None and image.id in self._sample else None
-        facts = {
-            "latents": data,
-            "latents_shape": list(array.shape),
-            "latents_dtype": dtype,
-            "latents_scale": self._scale,
-        }
-        return Made(image, request, data, hashlib.sha256(data).hexdigest(), {}, small, facts)
 
     def _check_model(self) -> None:
         """A model's first worker records what it loaded; every other must have loaded the same."""
