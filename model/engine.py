@@ -13,7 +13,7 @@ when it joined.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters.choices import AdapterChoice
 from .conditioning import encode_prompts
 from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError
 from .images import pasted, to_image
@@ -95,6 +96,8 @@ class Engine:
         self._buckets: dict[Hashable, Bucket] = {}
         self._finished: deque[tuple[Ticket, Prepared, Tensor]] = deque()
         self._ticks = 0
+        self._switched = 0
+        """When the network was given other adapters."""
         self._starting = Lock()
         self._thread: Thread | None = None
 
@@ -406,17 +409,28 @@ class Engine:
         merged = self.model.adapters.in_unet_now
 
         def urgency(bucket: Bucket) -> tuple[int, int, bool, int]:
-            waited = self._ticks - bucket.served
-            return (
-                waited if waited > STARVATION else 0,
-                len(bucket.slots),
-                bucket.adapters == merged,
-                waited,
-            )
+            waited, has_adapters = self._ticks - bucket.served, bucket.adapters == merged
+            return (waited if waited > STARVATION else 0, len(bucket.slots), has_adapters, waited)
 
-        bucket = max(self._buckets.values(), key=urgency)
+        bucket = max(self._in_turn(), key=urgency)
         bucket.served = self._ticks
+        if bucket.adapters != merged:
+            self._switched = self._ticks
         return bucket
+
+    def _in_turn(self) -> list[Bucket]:
+        """The buckets whose adapters the network has, while these keep their turn; else all.
+
+        They keep it for STARVATION ticks, for fewer if others have more images. Many sets of few images starve
+        all the time: they would take turns at every tick, and each turn costs a merge.
+        """
+        images: Counter[tuple[AdapterChoice, ...]] = Counter()
+        for bucket in self._buckets.values():
+            images[bucket.adapters] += len(bucket.slots)
+        merged = self.model.adapters.in_unet_now
+        if (self._ticks - self._switched) * max(images.values()) >= STARVATION * images[merged]:
+            return list(self._buckets.values())
+        return [bucket for bucket in self._buckets.values() if bucket.adapters == merged]
 
     def _denoise(self, bucket: Bucket) -> None:
         try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffray.model import Engine, ImageRequest, Model, load_model
+from diffray.model.weights.texts import load_texts
 
 from .. import oracle
 from . import files
@@ -65,6 +66,17 @@ def test_a_text_encoder_alone(tmp_path: Path) -> None:
     calls = engine.network.calls
     engine.generate([ImageRequest(steps=2, **BASE), ImageRequest(steps=2, adapters="text", **BASE)])
     assert engine.network.calls - calls == 2
+
+
+def test_text_that_is_encoded_elsewhere(tmp_path: Path) -> None:
+    """An engine without towers asks for the adapters that change them."""
+    file = files.write(tmp_path / "own.safetensors", "sdxl")
+    source, adapters = str(oracle.folder("sdxl")), {"own": file}
+    texts = load_texts(source, device="cpu", adapters=adapters)
+    away = load_model(source, device="cpu", adapters=adapters, text=texts.encode)
+    for own in ("own:0.5", None, "own"):
+        asked: dict[str, Any] = {"steps": 1, "adapters": own, **BASE}
+        assert oracle.picture(away, **asked) == oracle.picture(loaded("sdxl", adapters), **asked)
 
 
 # Company ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from diffray.model import Engine, GenerationError, ImageRequest, InvalidRequest,
 from diffray.model.adapters import adapter as adapter_module
 from diffray.model.adapters.adapter import Loaded
 from diffray.model.adapters.choices import adapter_choices
-from diffray.model.adapters.merging import Adapters
+from diffray.model.adapters.merging import Adapters, Merged
 
 from .. import oracle
 from . import files
@@ -215,22 +215,50 @@ def test_two_engines_on_one_model(model: Model) -> None:
     assert [found[0], found[1]] == wanted
 
 
-def test_the_merged_bucket_goes_first_among_equals(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sets that are equally full do not take turns: each switch costs a merge."""
-    switches: list[Any] = []
-    become = type(model.adapters._unet).become
+@pytest.fixture
+def switches(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the UNet was merged with in turn."""
+    found: list[Any] = []
+    become = Merged.become
 
     def counted(self: Any, choices: Any, loaded: Any) -> None:
         if self is model.adapters._unet:
-            switches.append(choices)
+            found.append(choices)
         become(self, choices, loaded)
 
-    monkeypatch.setattr(type(model.adapters._unet), "become", counted)
+    monkeypatch.setattr(Merged, "become", counted)
+    return found
+
+
+def test_the_merged_bucket_goes_first_among_equals(model: Model, switches: list[Any]) -> None:
+    """Two sets that are equally full do not take turns: each switch costs a merge."""
     engine = Engine(model, batch_size=2)
     engine.generate(
         [ImageRequest(adapters=own, **ASK | {"steps": 6}) for own in ("one", "two", "two", "one")]
     )
     assert len(switches) <= 3
+
+
+def test_many_sets_of_one_image_take_long_turns(model: Model, switches: list[Any]) -> None:
+    """All starve; with a turn per tick there would be 12 x 10 merges."""
+    asked = [ImageRequest(adapters=f"one:{(n + 1) / 4}", **ASK | {"steps": 10}) for n in range(12)]
+    engine = Engine(model, batch_size=8)
+    tickets = [engine.submit(request) for request in asked]
+    while engine.step():
+        pass
+    assert all(ticket.future.result(0).image for ticket in tickets)
+    assert len(switches) <= 3 * 12
+
+
+def test_one_image_of_a_set_does_not_slow_down_many_of_another(model: Model, switches: list[Any]) -> None:
+    """It gets a tick when it starves, no more, and is not forgotten."""
+    engine = Engine(model, batch_size=8)
+    many = [engine.submit(ImageRequest(seed=n, adapters="one", **ASK | {"steps": 40})) for n in range(8)]
+    lone = engine.submit(ImageRequest(adapters="two", **ASK | {"steps": 40}))
+    for _ in range(45):
+        engine.step()
+    assert all(ticket.step > 35 for ticket in many)
+    assert 3 <= lone.step <= 6
 
 
 def test_engines_that_wait_for_a_broken_one_go_on(model: Model, tmp_path: Path) -> None:
