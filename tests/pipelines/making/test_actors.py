@@ -59,6 +59,21 @@ def test_what_a_cluster_does_not_have_is_said_at_once_unless_it_may_come(cluster
     Size(Workers(gpus=1, actors=2), "auto")
 
 
+def test_text_encoders_take_their_part_of_the_engines_kind_of_device(cluster: Any) -> None:
+    cluster(GPUS)
+    size = Size(Workers(text_encoders=1, accelerator="H100"), "auto")
+    assert size.text_options == {"num_cpus": 0, "num_gpus": 1.0, "accelerator_type": "H100"}
+    assert size.engines(1000) == (1, 3, 3)
+    shared = Size(Workers(text_encoders=4, text_share=0.25, gpus=0.75), "auto")
+    assert (shared.text_options["num_gpus"], shared.engines(1000)) == (0.25, (1, 4, 4))
+    with pytest.raises(JobError, match="asks for 1 GPU, the cluster has 0 beside its 4 text encoders"):
+        Size(Workers(text_encoders=4), "auto")
+    cluster(CPUS)
+    size = Size(Workers(text_encoders=2, text_share=4), "auto")
+    assert size.text_options == {"num_cpus": 4.0}
+    assert (size.options["num_cpus"], size.threads, size.engines(1000)) == (8.0, 8, (1, 1, 1))
+
+
 def test_a_range_of_actors_in_a_job_file() -> None:
     def workers(actors: Any) -> Workers:
         return JobConfig.checked({"input": "a", "output": "b", "workers": {"actors": actors}}).workers
