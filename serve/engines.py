@@ -184,6 +184,11 @@ class Engines:
             return ticket.future.result()
         except Cancelled:
             raise Refusal(503, "cancelled", "the engine gave the image back", retry_after=1) from None
+        except CheckpointError as error:  # adapters are read when they are first asked for
+            log.error("an adapter of %s cannot be read: %s", resident.name, error)
+            raise Refusal(
+                503, "adapter_unavailable", "an adapter of this image cannot be read now", field="adapters"
+            ) from error
         except GenerationError as error:
             metrics.FAILURES.add(model=resident.name)
             raise self._broken(resident, error) from error
@@ -199,9 +204,7 @@ class Engines:
         assert result.image is not None, "the service refuses requests for latents"
         begun = time.perf_counter()
         self._guards.check_image(result.image, result.request)
-        used = [adapter.name for adapter in result.request.adapters]
-        known = resident.adapters.checksums() if used else {}
-        checksums = {name: known[name] for name in used}
+        checksums = resident.adapters.checksums(adapter.name for adapter in result.request.adapters)
         data = encode_image(
             result.image,
             result.request,

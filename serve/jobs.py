@@ -13,24 +13,19 @@ import hashlib
 import json
 import logging
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fsspec.implementations.local import LocalFileSystem
 from starlette.requests import Request
 
-from diffray.model.storage import open_storage
-
 from .admission import Client
-from .config import InvalidConfig, Store
 from .failures import refusal_of
 from .refusal import Refusal
 from .service import Service
+from .store import Files
 from .work import Event, Finished, Work
 
 log = logging.getLogger("diffray.serve")
@@ -243,46 +238,6 @@ class Jobs:
             except Exception as error:
                 log.error("the store of results cannot be swept", exc_info=error)
             await asyncio.sleep(min(SWEEP_SECONDS, self._lifetime / 2))
-
-
-class Files:
-    """The store: names of files below one folder or URL. Made when it is first needed."""
-
-    def __init__(self, config: Store) -> None:
-        self._temporary = None if config.url else tempfile.mkdtemp(prefix="diffray-jobs-")
-        try:
-            self._fs, self._root = open_storage(config.url or str(self._temporary), config.options)
-        except (ImportError, ValueError) as error:
-            raise InvalidConfig(f"store.url: {error}") from None
-
-    def write(self, name: str, data: bytes) -> None:
-        """Put a whole file."""
-        if isinstance(self._fs, LocalFileSystem):  # object stores have no folders
-            self._fs.makedirs(f"{self._root}/{name.rpartition('/')[0]}", exist_ok=True)
-        self._fs.pipe_file(f"{self._root}/{name}", data)
-
-    def read(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError."""
-        return bytes(self._fs.cat_file(f"{self._root}/{name}"))
-
-    def places(self) -> list[str]:
-        """All jobs' names, as <client>/<job>."""
-        with suppress(FileNotFoundError):
-            self._fs.invalidate_cache()
-            found = self._fs.find(self._root, maxdepth=3)
-            parts = [path[len(self._root) :].strip("/").split("/") for path in found]
-            return sorted({f"{p[0]}/{p[1]}" for p in parts if len(p) == 3 and _named(p[1])})
-        return []
-
-    def remove(self, place: str) -> None:
-        """Delete a job."""
-        with suppress(FileNotFoundError):
-            self._fs.rm(f"{self._root}/{place}", recursive=True)
-
-    def close(self) -> None:
-        """Delete the folder if it was only a temporary one."""
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def jobs_of(http: Request) -> Jobs:

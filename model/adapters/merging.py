@@ -148,13 +148,13 @@ class Adapters:
         """Raises InvalidRequest for "adapters" when one is not among `names`."""
         check_known(choices, self.names)
 
-    def checksums(self) -> dict[str, str]:
-        """sha256 of each adapter's file, by name; computed on first use.
+    def checksums(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """sha256 of the files of these adapters, or of all, by name; each computed on first use.
 
         Raises:
             CheckpointError: a file was replaced since.
         """
-        return {name: self._adapters[name].checksum for name in self.names}
+        return {name: self._adapters[name].checksum for name in (self.names if names is None else names)}
 
     def info(self, name: str) -> AdapterInfo:
         """What there is to say about one of `names`."""

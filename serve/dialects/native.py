@@ -20,18 +20,18 @@ from ..service import Service
 from ..work import Event, Finished, Work
 from . import streams
 from .native_bodies import Catalogue, ImagesAnswer, ImagesBody, JobBody, JobState, Made, ModelFacts
-from .parts import base64_text, begun
+from .parts import PICTURE_FILES, base64_text, begun
 
 ROUTES = ("/",)
 MAKES = ("/v1/diffray/images", "/v1/diffray/jobs")
 """Paths below which a POST asks for images."""
-FILES: dict[str, Any] = {
-    media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()
-}
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"model": ImagesAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}, **FILES}}
+    200: {
+        "model": ImagesAnswer,
+        "content": {"text/event-stream": {"schema": {"type": "string"}}, **PICTURE_FILES},
+    }
 }
-FILE: dict[int | str, dict[str, Any]] = {200: {"content": FILES}}
+FILE: dict[int | str, dict[str, Any]] = {200: {"content": PICTURE_FILES}}
 
 
 def refused(refusal: Refusal, request_id: str) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from diffray.model.encoding import MEDIA_TYPES
-
 from ..jobs import jobs_of
 from ..pictures import picture
 from ..refusal import Refusal
@@ -22,18 +20,14 @@ from . import streams
 from .forms import form_schema, one_file, read_form
 from .openai_events import Kind, error_body, server_sent
 from .openai_works import Asked, Source, asked, mask_of, usage
-from .parts import base64_text, begun, client_names
+from .parts import PICTURE_FILES, base64_text, begun, client_names
 
 ROUTES = ("/v1/images", "/v1/models")
 MAKES = ("/v1/images/",)
 """Paths below which a POST asks for images."""
 STATUSES = {422: 400}
 """Statuses that this API has another one for."""
-FILE: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()}
-    }
-}
+FILE: dict[int | str, dict[str, Any]] = {200: {"content": PICTURE_FILES}}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"model": bodies.Images, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }

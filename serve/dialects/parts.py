@@ -7,10 +7,12 @@ import base64
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from typing import Any
 
 from PIL import Image
 
 from diffray.model import InvalidRequest
+from diffray.model.encoding import MEDIA_TYPES
 from diffray.model.images import rgb
 from diffray.model.sampling.sampler_names import resolve_sampler, resolve_schedule
 
@@ -18,6 +20,12 @@ from ..work import Event, ModelCard, Progress
 
 RANDOM_SEEDS = 2**32 - 1
 """A seed that the service chooses is below this: every dialect's clients can send it back."""
+
+
+PICTURE_FILES: dict[str, Any] = {
+    media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()
+}
+"""What the document says of an answer that is a picture's file."""
 
 
 def seeds(first: int | None, count: int) -> list[int]:

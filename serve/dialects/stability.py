@@ -19,7 +19,7 @@ from ..service import Service
 from ..work import Finished, ModelCard, Work
 from . import stability_bodies as bodies
 from .forms import form_schema, one_file, read_form
-from .parts import alpha_mask, base64_text, check_mask, client_names, flat
+from .parts import PICTURE_FILES, alpha_mask, base64_text, check_mask, client_names, flat
 from .stability_works import V1_FIELDS, V2_FIELDS, masked, v1_works, v2_works
 
 ROUTES = ("/v1/generation", "/v1/engines", "/v1/user", "/v2beta")
@@ -29,13 +29,10 @@ STATUSES = {422: 400}
 """Statuses that this API has another one for."""
 NAMES = {"invalid_value": "bad_request", "invalid_json": "bad_request", "content_filtered": "invalid_prompts"}
 """What this API calls a refusal that we call otherwise."""
-BINARY = {"schema": {"type": "string", "format": "binary"}}
 V1_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {"model": bodies.Artifacts, "content": {"image/png": BINARY}}
+    200: {"model": bodies.Artifacts, "content": {"image/png": PICTURE_FILES["image/png"]}}
 }
-V2_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {"model": bodies.Picture, "content": dict.fromkeys(MEDIA_TYPES.values(), BINARY)}
-}
+V2_ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": bodies.Picture, "content": PICTURE_FILES}}
 SOURCE = "PNG, JPEG or WebP. *"
 Prepared = Callable[[ModelCard], list[Work]]
 

@@ -252,6 +252,20 @@ def test_unknown_names_are_each_dialect_s_own_error_and_cost_no_step(
     assert steps_done(service) == before
 
 
+def test_a_file_that_changed_costs_only_those_who_want_it(tmp_path: Path) -> None:
+    for seed, name in enumerate(NAMES):
+        write_lora(tmp_path / f"{name}.safetensors", seed)
+    config = ServeConfig.checked({"models": {"embedded": {"adapters": str(tmp_path)}}, "log": "off"})
+    with live(config) as changing:
+        write_lora(tmp_path / "new", 9).replace(tmp_path / "ink 2.0.safetensors")
+        refused = images(changing, adapters=[{"name": "ink 2.0"}])
+        assert (refused.status, refused.code) == (503, "adapter_unavailable")
+        assert str(tmp_path) not in refused.data.decode()
+        worn = made(changing, adapters=[{"name": "watercolour"}])
+        assert worn["adapter_checksums"].keys() == {"watercolour"}
+        assert made(changing)
+
+
 PATHS = [
     "../watercolour",
     "/etc/passwd",

@@ -21,7 +21,7 @@ from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import read_provenance
 from diffray.serve.config import ServeConfig, Store
 from diffray.serve.dialects.native_bodies import ImagesBody
-from diffray.serve.jobs import Files
+from diffray.serve.store import Files
 from diffray.serve.work import Event, Work
 
 from .ask import Answer, ask, connect
