@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -199,6 +200,30 @@ def test_health_is_answered_during_a_long_generation() -> None:
             await backend.check()
             assert time.monotonic() - begun < 1
             long.cancel()
+
+    run(test)
+
+
+def test_an_engine_that_hangs_fails_the_health_check() -> None:
+    """Only while images wait: one that has nothing to do makes no steps either."""
+
+    async def test() -> None:
+        async with engines(limits=Limits(seconds=1)) as backend:
+            await backend.start()
+            await backend.check()
+            await asyncio.sleep(0.7)
+            await backend.check()
+            engine, over = next(iter(backend.residents)).engine, threading.Event()
+            engine._queue.send(over.wait)
+            hung = asyncio.create_task(finish(backend, work(steps=1)))
+            await until(lambda: bool(engine.waiting or engine.running))
+            await backend.check()
+            await asyncio.sleep(0.7)
+            with pytest.raises(GenerationError, match="hangs"):
+                await backend.check()
+            over.set()
+            await asyncio.wait({hung})
+            await backend.check()
 
     run(test)
 
