@@ -198,6 +198,8 @@ class Texts:
                     index, last = calls.pop(call), f"{type(error).__name__}: {str(error).splitlines()[0]}"
                     if isinstance(error, ActorDiedError):  # for good; else Ray would have started it again
                         order.remove(index)
+                    else:
+                        time.sleep(LOOK)
             self.waits += 1
         raise JobError(
             f"text encoders: no answer after {time.monotonic() - began:.0f} s from {len(self._encoders)} of them"
