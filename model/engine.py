@@ -236,7 +236,7 @@ class Engine:
                 pass
         elif thread is not current_thread():
             thread.join()
-        with self._stepping:
+        with self._stepping, suppress(RuntimeError):  # of a device that failed for good
             self.model.adapters.restore()
 
     def __enter__(self) -> Self:

@@ -72,7 +72,7 @@ class Loaded:
         if tensor.endswith(".bias"):
             return self.factors["diff_b"].to(base.device).float()
         assert self.kind is not None
-        factors = {leaf: tensor.to(base.device).float() for leaf, tensor in self.factors.items()}
+        factors = {leaf: factor.to(base.device).float() for leaf, factor in self.factors.items()}
         return dense(self.kind, factors, self.scale, base)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..config import TextConfig, UNetConfig
-from ..weights.keys import TEXT_MODEL, Shape, unet_modules
+from ..weights.keys import TEXT_MODEL, Shape, renamed, unet_modules
 from ..weights.parts import Part
 
 
@@ -50,11 +50,8 @@ _PLAIN = (
     *("alpha", "dora_scale", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 )
-_FACTOR = re.compile(
-    "|".join(
-        [*(f"(?P<{leaf}>{form})" for leaf, form in _LEAVES.items()), rf"\.(?P<plain>{'|'.join(_PLAIN)})"]
-    ).join(("(?:", ")$"))
-)
+_FORMS = [f"(?P<{leaf}>{form})" for leaf, form in _LEAVES.items()]
+_FACTOR = re.compile(rf"(?:{'|'.join(_FORMS)}|\.(?P<plain>{'|'.join(_PLAIN)}))$")
 _OLD_UNET = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 _OLD_TEXT = re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 _WRAPPED = "base_model.model."
@@ -73,17 +70,13 @@ WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1
 
 def spelled(key: str) -> tuple[str, str] | None:
     """The module name and the factor of a tensor name; None when it is no factor of a supported kind."""
-    key = _OLD_UNET.sub(lambda m: f".to_{_output(m[1], 'out.0')}.lora.{m[2]}.weight", key)
+    key = _OLD_UNET.sub(lambda m: f".to_{m[1] if m[1] != 'out' else 'out.0'}.lora.{m[2]}.weight", key)
     key = _OLD_TEXT.sub(lambda m: f".self_attn.{m[1]}_proj.lora.{m[2]}.weight", key)
     match = _FACTOR.search(key)
-    if match is None or match.lastgroup is None:
+    if match is None:
         return None
     leaf = match["plain"] or next(leaf for leaf in _LEAVES if match[leaf])
     return key[: match.start()].removeprefix(_WRAPPED), leaf
-
-
-def _output(name: str, output: str) -> str:
-    return output if name == "out" else name
 
 
 def module_names(parts: Mapping[str, Part]) -> dict[str, Place]:
@@ -95,27 +88,22 @@ def module_names(parts: Mapping[str, Part]) -> dict[str, Place]:
     names: dict[str, Place] = {}
     towers = tuple(name for name, part in parts.items() if isinstance(part.config, TextConfig))
     for name, part in parts.items():
-        modules = _modules(part.shapes)
         if isinstance(part.config, UNetConfig):
-            names |= _unet_names(part.config, modules)
+            names |= _unet_names(part.config, part.shapes)
         elif name in towers:
             own = TOWER_NAMES[towers][towers.index(name)]
-            names |= _tower_names(name, own, modules, alone=len(towers) == 1)
+            names |= _tower_names(name, own, part.shapes, alone=len(towers) == 1)
     return names
 
 
-def _modules(shapes: Mapping[str, Shape]) -> list[str]:
-    return list(dict.fromkeys(key.rpartition(".")[0] for key in shapes))
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
 
 
-def _unet_names(config: UNetConfig, modules: Iterable[str]) -> Iterator[tuple[str, Place]]:
-    table = unet_modules(config)
-    for module in modules:
+def _unet_names(config: UNetConfig, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Place]]:
+    for rule in renamed(unet_modules(config), shapes, ""):
+        module, single = _module(rule.folder[0]), _module(rule.file)
         place = Place("unet", module)
-        path = module
-        while path not in table:
-            path = path.rpartition(".")[0]
-        single = table[path] + module[len(path) :]
         for name in (module, f"unet.{module}", f"diffusion_model.{single}"):
             yield name, place
         for prefix, dotted in (("lora_unet", module), ("lora_unet", single), ("lycoris", module)):
@@ -123,9 +111,9 @@ def _unet_names(config: UNetConfig, modules: Iterable[str]) -> Iterator[tuple[st
 
 
 def _tower_names(
-    part: str, prefixes: Iterable[str], modules: Iterable[str], *, alone: bool
+    part: str, prefixes: Iterable[str], shapes: Mapping[str, Shape], *, alone: bool
 ) -> Iterator[tuple[str, Place]]:
-    for module in modules:
+    for module in map(_module, shapes):
         place = Place(part, module)
         for dotted in {module, module.removeprefix(TEXT_MODEL)}:
             yield f"{part}.{dotted}", place

@@ -15,7 +15,10 @@ KINDS: tuple[tuple[str, str], ...] = (
         r"^control_model\.|(^|\.)zero_convs\.0\.|^controlnet_(cond_embedding|down_blocks|mid_block)\.",
         "a ControlNet",
     ),
-    (r"lora_|\.lora\.(down|up)|\.lora_[AB]\.|_lora\.(down|up)\.|\.hada_w1_|\.lokr_w1|dora_scale$", "a LoRA"),
+    (
+        r"lora_|\.lora\.(down|up)|\.lora_[AB]\.|_lora\.(down|up)\.|\.hada_w1_|\.lokr_w1|dora_scale$",
+        "a LoRA (option adapters)",
+    ),
     (r"^image_proj\.|^ip_adapter\.", "an IP-Adapter"),
     (r"^(adapter\.)?body\.0\.(block1|in_conv|resnets)\.|^adapter\.conv_in\.", "a T2I-Adapter"),
     (
