@@ -29,7 +29,9 @@ CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance,
 @pytest.fixture(scope="module")
 def service() -> Iterator[Live]:
     limits = Limits(cost=1e9, queue_cost=1e12, images=1000, images_at_once=10**6, queue_images=10**6)
-    with live(ServeConfig(log="off", limits=limits), Scripted) as running:
+    with live(
+        ServeConfig(log="off", limits=limits), lambda config: Scripted(config, adapters=("watercolour",))
+    ) as running:
         yield running
 
 
