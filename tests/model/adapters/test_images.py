@@ -121,6 +121,7 @@ def test_order_and_weight_zero_do_not_matter(model: Model) -> None:
     assert made("one:0,two") == made("two") != made(None) == made("one:0")
 
 
+@SLOW
 def test_a_compiled_network_sees_other_weights(model: Model) -> None:
     torch._dynamo.reset()
     engine = Engine(model, batch_size=1)
