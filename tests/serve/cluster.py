@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import ray
 from ray import serve
 
-from diffray.serve import app_builder
+from diffray.serve import app_builder, deployment
 
 from .ask import Answer, ask
 
@@ -33,6 +34,9 @@ def cluster(cpus: int = 2) -> Iterator[str]:
     """Ray and an HTTP proxy, without an application; its URL."""
     mode = os.environ.get("RAY_AUTH_MODE")  # Ray sets it and leaves it behind
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault(
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1"
+    )  # 10: autoscaling at leisure
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -49,7 +53,9 @@ def cluster(cpus: int = 2) -> Iterator[str]:
 
 def deploy(**changes: Any) -> None:
     """Bring the application up, or roll it over to another config."""
-    serve.run(app_builder({**CONFIG, **changes}), name="diffray", route_prefix="/")
+    with mock.patch.object(deployment, "HEALTH_SECONDS", 1.0):
+        app = app_builder({**CONFIG, **changes})
+    serve.run(app, name="diffray", route_prefix="/")
 
 
 def replicas() -> list[int]:

@@ -1,41 +1,94 @@
-"""The service on Ray Serve: the same pictures, whatever happens to the replicas meanwhile."""
+"""The service on Ray Serve: the same pictures, whatever happens to the replicas meanwhile.
+
+One Ray and one application for all, which the tests change as they go: their order counts.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from ray import serve
+from safetensors.torch import load_file, save_file
 
 from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import encode_image
+from diffray.model.weights.source import CACHE_VARIABLE, embedded
 from diffray.serve import app_builder
 from diffray.serve.config import InvalidConfig
+from tests.pipelines import s3
 
+from . import witness
 from .ask import ask, post
 from .cluster import CONFIG, PNG, Load, cluster, cpu_seconds, deploy, replicas, running, until
 
 pytestmark = pytest.mark.slow
-BODY = {"prompt": "a large red circle on a blue background", "seed": 11, "steps": 8}
+BODY: dict[str, Any] = {"prompt": "a large red circle on a blue background", "seed": 11, "steps": 8}
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with cluster() as address:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of another model."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(embedded(), folder)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 0.97 for name, value in load_file(unet).items()}, unet)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(other: Path) -> Iterator[str]:
+    """The other model's URL, in a store that this process and its children know."""
+    with s3.serve() as storage, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", storage.endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", storage.key)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", storage.secret)
+        storage.filesystem().put(str(other), f"{storage.bucket}/other", recursive=True)
+        yield f"s3://{storage.bucket}/other"
+
+
+@pytest.fixture(scope="module")
+def url(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        for variable in (witness.FOLDER, CACHE_VARIABLE):
+            patch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
+        address = stack.enter_context(cluster())
         deploy()
         yield address
 
 
 @pytest.fixture(scope="module")
 def expected() -> bytes:
-    model = load_model()
-    result = Engine(model).generate([ImageRequest(prompt=str(BODY["prompt"]), seed=11, steps=8)])[0]
+    return picture("embedded", "embedded")
+
+
+def picture(name: str, source: str) -> bytes:
+    """What a bare engine makes of BODY."""
+    model = load_model(source)
+    request = ImageRequest(prompt=BODY["prompt"], seed=BODY["seed"], steps=BODY["steps"])
+    result = Engine(model).generate([request])[0]
     assert result.image is not None
-    return encode_image(result.image, result.request, model="embedded", model_checksum=model.checksum)
+    return encode_image(result.image, result.request, model=name, model_checksum=model.checksum)
+
+
+@contextmanager
+def unharmed(url: str, body: dict[str, Any], clients: int = 4) -> Iterator[Load]:
+    """Load during the block, of which no answer may fail."""
+    with Load(url, body, clients) as load:
+        until(lambda: len(load.answers) > 2)
+        yield load
+        count = len(load.answers)
+        until(lambda: len(load.answers) > count + 2)
+    assert not load.errors
+    assert load.statuses() == {200}, [a.data for a in load.answers if a.status != 200][:3]
 
 
 def test_the_same_file_as_without_ray(url: str, expected: bytes) -> None:
@@ -76,17 +129,51 @@ def test_a_killed_replica_costs_nobody_an_answer(url: str, expected: bytes) -> N
     until(lambda: running() == 2 and victims[0] not in replicas())
 
 
-def test_a_new_version_under_load(url: str, expected: bytes) -> None:
+@pytest.fixture(scope="module")
+def several(url: str, store: str, expected: bytes) -> str:
+    """A new version under load: two models, of which a replica holds one."""
     old = set(replicas())
-    with Load(url, BODY) as load:
-        until(lambda: len(load.answers) > 2)
-        deploy(limits={"seconds": 90})
+    with unharmed(url, BODY) as load:
+        deploy(
+            models={"embedded": {}, "other": {"source": store}},
+            memory={"models": 1},
+            limits={"seconds": 24},
+            guardrails={"image": ["tests.serve.witness:attend"]},
+        )
         until(lambda: not old & set(replicas()))
-        count = len(load.answers)
-        until(lambda: len(load.answers) > count + 2)
-    assert not load.errors
-    assert load.statuses() == {200}, [a.data for a in load.answers if a.status != 200][:3]
     assert {answer.data for answer in load.answers} == {expected}
+    return url
+
+
+def test_a_new_version_under_load(several: str) -> None:
+    assert [model["id"] for model in ask(several + "/v1/models").json["data"]] == ["embedded", "other"]
+
+
+def test_each_model_stays_where_it_was_loaded(several: str, other: Path, expected: bytes) -> None:
+    wanted = {"embedded": expected, "other": picture("other", str(other))}
+    assert wanted["embedded"] != wanted["other"]
+
+    def made(name: str) -> bytes:
+        return ask(several + PNG, {**BODY, "model": name}, accept="image/png").data
+
+    for name in ("embedded", "other", "embedded", "other"):
+        assert made(name) == wanted[name]
+    names = ["embedded", "other", "other"] * 8
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(made, names)) == [wanted[name] for name in names]
+    seen = witness.loads()
+    assert sorted(map(sorted, seen.values())) == [["embedded"], ["embedded", "other"]], (
+        "each began with the default"
+    )
+    assert {count for counts in seen.values() for count in counts.values()} == {1}, "a model was loaded again"
+
+
+def test_a_long_generation_is_not_ill(several: str) -> None:
+    pids = set(replicas())
+    begun = time.monotonic()
+    assert ask(several + PNG, {"prompt": "long", "steps": 400}).status == 200
+    assert time.monotonic() - begun > 3, "too short for three health checks"
+    assert set(replicas()) == pids
 
 
 def test_scale_to_zero_and_back(url: str, expected: bytes) -> None:

@@ -1,0 +1,66 @@
+"""What tests see of replicas and do to them, by an image hook (`guardrails.image`), which runs in their processes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+from PIL import Image
+
+from diffray.model import Engine, ImageRequest
+
+FOLDER = "DIFFRAY_TEST_WITNESS"
+"""Variable that names a folder for what was seen."""
+
+
+def attend(image: Image.Image, request: ImageRequest) -> None:
+    """Write down which process made an image and which models it has read so far; the prompts "break" and "hang"
+    do that to the networks of its engines, which the next image finds out.
+    """
+    loads = {
+        sample.labels["model"]: sample.value
+        for metric in prometheus_client.REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "diffray_model_loads_total"
+    }
+    line = json.dumps({"pid": os.getpid(), "prompt": request.prompt, "loads": loads})
+    with (Path(os.environ[FOLDER]) / f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    if request.prompt in ("break", "hang"):
+        for engine in [thing for thing in gc.get_objects() if isinstance(thing, Engine)]:
+            engine.network = _Broken() if request.prompt == "break" else _Hanging()  # type: ignore[assignment]
+
+
+class _Broken:
+    size = 8
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+class _Hanging:
+    size = 8
+
+    def __call__(self, *_: object, **__: object) -> None:
+        time.sleep(3600)
+
+
+def images(prompt: str = "") -> Counter[int]:
+    """How many images with such a prompt each process made."""
+    return Counter(line["pid"] for line in _lines() if prompt in line["prompt"])
+
+
+def loads() -> dict[int, dict[str, float]]:
+    """How often each process has read each model, as of its last image."""
+    return {line["pid"]: line["loads"] for line in _lines()}
+
+
+def _lines() -> list[dict[str, Any]]:
+    files = sorted(Path(os.environ[FOLDER]).glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
