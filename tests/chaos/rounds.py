@@ -7,6 +7,7 @@ command, and in the end the dataset is compared with the one of an uninterrupted
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -64,8 +66,7 @@ def table(images: int) -> str:
 def play(
     place: Place,
     seed: int,
-    kills: int,
-    victims: Sequence[str] = VICTIMS,
+    victims: Sequence[str],
     *,
     images: int = 40,
     actors: int = 1,
@@ -73,6 +74,10 @@ def play(
     s3: S3 | None = None,
 ) -> Round:
     """Run one round in `place`, with the dataset on S3 if one is given, and prove its end.
+
+    Args:
+        seed: of the moments of the killings.
+        victims: who is killed, in this order.
 
     Raises:
         AssertionError: the dataset differs, a committed shard was made again, or something was left running.
@@ -90,23 +95,23 @@ def play(
         values["output"] = s3.folder()
     store = Store(values["output"], s3.options() if s3 else None)
     job = place.write(yaml.safe_dump(values), "job.yaml")
-    until, plan = time.monotonic() + PATIENCE, [dice.choice(victims) for _ in range(kills)]
-    safe: set[int] = set()
+    until, plan = time.monotonic() + PATIENCE, list(victims)
+    safe: dict[int, int] = {}
     while True:
         assert time.monotonic() < until, f"not finished after {PATIENCE} s; {played}"
         played.drivers += 1
         if _drive(place, store, job, plan, dice, played) == 0:
             break
-        made_twice = {s for s in safe if place.begun().count(s) > 1}
-        assert not made_twice, f"committed shards were made again: {made_twice}; {played}"
-        safe = committed_seeds(store)
+        check_made_no_more(place, safe, str(played))
+        safe = final(place, store)
     played.redone = len(place.begun()) - len(set(place.begun()))
     played.seconds = time.monotonic() - began
-    for one in safe:
-        assert place.begun().count(one) == 1, f"a committed shard was made again; {played}"
+    check_made_no_more(place, safe, str(played))
     clean = Store(str(place.path / "clean"))
     assert contents(store) == contents(clean), f"the dataset is another one; {played}"
     assert verify(store).faults == (), str(played)
+    last = max(store.list("_diffray/locks"))
+    assert json.loads(store.read(f"_diffray/locks/{last}")) == {"released": True}, str(played)
     return played
 
 
@@ -199,10 +204,19 @@ def _none_left(logs: Path, played: Round, seconds: float = 60.0) -> None:
     assert not left, f"left running: {[command[:100] for command in left]}; {played}"
 
 
-def committed_seeds(store: Store) -> set[int]:
-    """The seeds of all images that are final."""
+def final(place: Place, store: Store) -> dict[int, int]:
+    """The seeds of all images that are final, and how often each was begun until then."""
     images = [image for number in committed(store) for image in read_shard(store, number).images]
-    return {image.request.seed for image in images if image.request and image.request.seed is not None}
+    seeds = [image.request.seed for image in images if image.request and image.request.seed is not None]
+    begun = Counter(place.begun())
+    return {seed: begun[seed] for seed in seeds}
+
+
+def check_made_no_more(place: Place, safe: dict[int, int], played: str = "") -> None:
+    """Images that were `final` were not begun again since."""
+    begun = Counter(place.begun())
+    again = {seed for seed, times in safe.items() if begun[seed] != times}
+    assert not again, f"committed shards were made again: {again}; {played}"
 
 
 def contents(store: Store, folder: str = "") -> dict[str, str]:

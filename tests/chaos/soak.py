@@ -42,8 +42,7 @@ def soak(given: argparse.Namespace, s3: S3 | None) -> None:
         played = play(
             Place(folder),
             seed,
-            dice.randint(1, given.kills),
-            given.victims,
+            [dice.choice(given.victims) for _ in range(dice.randint(1, given.kills))],
             images=given.images,
             actors=given.actors,
             layout=dice.choice(["parquet", "files", "webdataset"]),
