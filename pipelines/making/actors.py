@@ -38,6 +38,10 @@ CORES_PER_ENGINE = 8
 """On CPU one engine gains little from more cores than this."""
 INIT_DEATHS = 3
 """Actors in a row that may die while they start."""
+DATA_THREADS = ("Prefetcher", "StreamingExecutor-", "ray-data-metadata-prefetch", "iter_threaded")
+"""How the names of the threads begin that Ray Data has in the driver."""
+SETTLE = 10.0
+"""Seconds that each of them may take to end."""
 
 
 class ShardActor:
@@ -300,6 +304,10 @@ class _Cluster:
             return
         import ray
 
+        # Ray Data does not wait for all of them, and one that calls a Ray that is gone ends the process at once.
+        for thread in threading.enumerate():
+            if thread.name.startswith(DATA_THREADS):
+                thread.join(SETTLE)
         ray.shutdown()
         if self._auth is None:
             os.environ.pop("RAY_AUTH_MODE", None)  # Ray leaves it behind, and a next cluster would read it
