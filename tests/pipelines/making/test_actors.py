@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -84,3 +86,21 @@ def test_a_range_of_actors_in_a_job_file() -> None:
     for wrong in ("16-2", "many", 0, {"min": 2}):
         with pytest.raises(InvalidJob, match=r"workers\.actors"):
             workers(wrong)
+
+
+def test_ray_goes_only_when_ray_data_is_done_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of Ray Data that calls Ray after its end would end the driver before it has written its report."""
+    import ray
+
+    order: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: order.append("shutdown"))
+
+    def late() -> None:
+        time.sleep(0.3)
+        order.append("thread")
+
+    with actors._Cluster(None):
+        threading.Thread(target=late, name="Prefetcher", daemon=True).start()
+    assert order == ["thread", "shutdown"]
