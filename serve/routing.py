@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Set
 from typing import Any
@@ -14,6 +15,10 @@ from ray.serve.request_router import (
     RequestRouter,
     RunningReplica,
 )
+
+UNUSED_SECONDS = 10.0
+"""Without an image after which a replica's models may give way to a busy one; sooner, two models would drive each
+other out in turns."""
 
 
 class ModelRouter(FIFOMixin, MultiplexMixin, RequestRouter):
@@ -32,6 +37,8 @@ class ModelRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         self.busy, self.models = busy, models
         self._sent: dict[ReplicaID, OrderedDict[str, None]] = {}
         """The models last asked of each replica: what it tells about itself is a second or two old."""
+        self._used: dict[ReplicaID, float] = {}
+        """When each was last sent something."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -54,6 +61,7 @@ class ModelRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         model = pending_request.metadata.multiplexed_model_id
         if not model:
             return
+        self._used[replica_id] = time.monotonic()
         sent = self._sent.setdefault(replica_id, OrderedDict())
         sent[model] = None
         sent.move_to_end(model)
@@ -63,6 +71,7 @@ class ModelRouter(FIFOMixin, MultiplexMixin, RequestRouter):
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Serve calls it for each that is lost."""
         self._sent.pop(replica_id, None)
+        self._used.pop(replica_id, None)
         super().on_replica_actor_died(replica_id)
 
     def _held(self, replica: RunningReplica) -> Set[str]:
@@ -76,4 +85,7 @@ class ModelRouter(FIFOMixin, MultiplexMixin, RequestRouter):
     def _spare(self, replica: RunningReplica, least: int) -> bool:
         """Whether another model may come here without driving out one that is in use."""
         load = self._load(replica)
-        return not load or (len(self._held(replica)) < self.models and load <= least // 2)
+        if len(self._held(replica)) < self.models:
+            return load <= least // 2
+        unused = time.monotonic() - self._used.get(replica.replica_id, -UNUSED_SECONDS)
+        return not load and unused >= UNUSED_SECONDS

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from diffray.serve import routing
 from diffray.serve.routing import ModelRouter
 
 
@@ -60,6 +61,17 @@ def test_a_busy_model_spreads_to_idle_replicas_only_when_each_holds_one(
     site = Site(busy=4, models=1, a={"x"}, b={"y"})
     site.load.update(a=mine, b=idle)
     assert site.choice("x") == {wanted}
+
+
+def test_a_model_in_use_is_not_driven_out_between_two_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(routing.time, "monotonic", lambda: now)
+    site = Site(busy=4, models=1, a={"x"}, b={"y"})
+    site.send("y", "b")
+    site.load.update(a=8, b=0)
+    assert site.choice("x") == {"a"}
+    now += routing.UNUSED_SECONDS
+    assert site.choice("x") == {"b"}
 
 
 def test_a_busy_model_spreads_to_free_places() -> None:
