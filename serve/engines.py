@@ -31,6 +31,8 @@ T = TypeVar("T")
 log = logging.getLogger("diffray.serve")
 PREVIEW_SIDE = 512
 PREVIEW_QUALITY = 80
+ENGINE_DOWN = "engine_down"
+"""It was broken before the image came to it."""
 PATIENCE = 0.5
 """Of the time that one image may take: an engine that makes no step for so long hangs, and its images still have
 time to be made elsewhere."""
@@ -175,7 +177,7 @@ class Engines:
             submitted.add_done_callback(_take_back)
             raise
         except GenerationError as error:
-            raise self._broken(resident, error) from error
+            raise self._broken(resident, error, ENGINE_DOWN) from error
         ticket.future.add_done_callback(lambda _: tell())
         return ticket
 
@@ -193,12 +195,12 @@ class Engines:
             metrics.FAILURES.add(model=resident.name)
             raise self._broken(resident, error) from error
 
-    def _broken(self, resident: Resident, error: GenerationError) -> Exception:
+    def _broken(self, resident: Resident, error: GenerationError, code: str = "engine_broken") -> Exception:
         """The error of one image, or of all: then another replica or a later time may do."""
         if resident.engine.failure is None:
             return error
         log.error("the engine of %s is broken: %s", resident.name, error)
-        return Refusal(503, "engine_broken", "the engine stopped and is being replaced", retry_after=10)
+        return Refusal(503, code, "the engine stopped and is being replaced", retry_after=10)
 
     def _finished(self, result: Result, work: Work, resident: Resident) -> Finished:
         assert result.image is not None, "the service refuses requests for latents"

@@ -16,7 +16,7 @@ from diffray.model import DiffrayError
 
 from . import metrics
 from .config import ServeConfig
-from .engines import Engines
+from .engines import ENGINE_DOWN, Engines
 from .refusal import Refusal
 from .work import Event, ModelCard, Progress, Work
 
@@ -183,8 +183,9 @@ class Attempts:
         """Returns when another attempt makes sense; else raises what a client may know."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         code = cause.code if isinstance(cause, Refusal) else ""
-        if code == OTHER_VERSION or (code == "model_not_found" and self._known):
-            await asyncio.sleep(LOOK_AGAIN)  # there is a deadline
+        if code in (OTHER_VERSION, ENGINE_DOWN) or (code == "model_not_found" and self._known):
+            # Not this image's doing, and there is a deadline.
+            await asyncio.sleep(PAUSE if code == ENGINE_DOWN else LOOK_AGAIN)
             return
         self._left -= 1
         broken = code == "engine_broken"

@@ -46,7 +46,9 @@ def cluster() -> Iterator[Any]:
         yield cluster, nodes
     finally:
         ray.shutdown()
-        for node in list(cluster.worker_nodes):  # draining them waits for answers that a busy machine gives late
+        for node in list(
+            cluster.worker_nodes
+        ):  # draining them waits for answers that a busy machine gives late
             cluster.remove_node(node, allow_graceful=False)
         cluster.shutdown()
         if mode is None:

@@ -24,6 +24,7 @@ from diffray.model.encoding import encode_image
 from diffray.model.weights.source import CACHE_VARIABLE, embedded
 from diffray.serve import app_builder
 from diffray.serve.config import InvalidConfig
+from diffray.serve.routing import UNUSED_SECONDS
 from tests.pipelines import s3
 
 from . import witness
@@ -31,6 +32,9 @@ from .ask import ask, post
 from .cluster import CONFIG, PNG, Load, cluster, cpu_seconds, deploy, replicas, running, until
 
 pytestmark = pytest.mark.slow
+long = pytest.mark.skipif(
+    "DIFFRAY_TEST_LONG" not in os.environ, reason="takes minutes; DIFFRAY_TEST_LONG=1 runs it"
+)
 BODY: dict[str, Any] = {"prompt": "a large red circle on a blue background", "seed": 11, "steps": 8}
 
 
@@ -77,6 +81,14 @@ def picture(name: str, source: str) -> bytes:
     result = Engine(model).generate([request])[0]
     assert result.image is not None
     return encode_image(result.image, result.request, model=name, model_checksum=model.checksum)
+
+
+def fetched() -> dict[str, int]:
+    """The files of weights that were fetched; a file that is fetched again has another number."""
+    found = Path(os.environ[CACHE_VARIABLE]).rglob("*.safetensors")
+    files = {str(path): path.stat().st_ino for path in found}
+    assert len(files) == 3
+    return files
 
 
 @contextmanager
@@ -137,6 +149,7 @@ def several(url: str, store: str, expected: bytes) -> str:
         deploy(
             models={"embedded": {}, "other": {"source": store}},
             memory={"models": 1},
+            replicas={**CONFIG["replicas"], "target": 4},
             limits={"seconds": 24},
             guardrails={"image": ["tests.serve.witness:attend"]},
         )
@@ -168,6 +181,19 @@ def test_each_model_stays_where_it_was_loaded(several: str, other: Path, expecte
     assert {count for counts in seen.values() for count in counts.values()} == {1}, "a model was loaded again"
 
 
+def test_a_busy_model_gets_the_idle_replica_too(several: str) -> None:
+    """And its weights, which are on the node already, are not fetched again."""
+    before = fetched()
+    time.sleep(UNUSED_SECONDS)  # for so long the other replica's model does not give way
+    body = {**BODY, "model": "other", "prompt": "spread", "steps": 40}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: ask(several + PNG, body, accept="image/png"), range(16)))
+    assert {answer.status for answer in answers} == {200}
+    assert len({answer.data for answer in answers}) == 1
+    assert len(witness.images("spread")) == 2, "one replica made all of them"
+    assert fetched() == before
+
+
 def test_a_long_generation_is_not_ill(several: str) -> None:
     pids = set(replicas())
     begun = time.monotonic()
@@ -176,10 +202,39 @@ def test_a_long_generation_is_not_ill(several: str) -> None:
     assert set(replicas()) == pids
 
 
-def test_scale_to_zero_and_back(url: str, expected: bytes) -> None:
-    scale = {**CONFIG["replicas"], "min": 0, "max": 1, "upscale_seconds": 0, "downscale_seconds": 2}
-    deploy(replicas=scale, limits={"seconds": 100})
-    assert ask(url + PNG, BODY, accept="image/png").data == expected
+@long
+@pytest.mark.parametrize("fault", ["break", "hang"])
+def test_a_replica_whose_device_fails_is_replaced(several: str, expected: bytes, fault: str) -> None:
+    assert ask(several + PNG, {"prompt": fault, "steps": 1}).status == 200
+    (victim,) = witness.images(fault)
+    with unharmed(several, BODY) as load:
+        until(lambda: victim not in replicas() and running() == 2)
+    assert {answer.data for answer in load.answers} == {expected}
+
+
+def test_a_version_that_cannot_load_changes_nothing(several: str, expected: bytes) -> None:
+    pids = set(replicas())
+    with unharmed(several, BODY) as load, pytest.raises(RuntimeError, match="engines"):
+        deploy(models={"new": {"source": "/nowhere/model.safetensors"}})
+    assert {answer.data for answer in load.answers} == {expected}
+    assert pids <= set(replicas())
+    assert ask(several + "/readyz").status == 200
+
+
+@long
+def test_load_brings_replicas_and_idleness_takes_them_away(several: str, expected: bytes) -> None:
+    scale = {"min": 0, "max": 2, "target": 2, "upscale_seconds": 0, "downscale_seconds": 3}
+    deploy(
+        replicas={**CONFIG["replicas"], **scale},
+        limits={"seconds": 100},
+        guardrails={"image": ["tests.serve.witness:attend"]},
+    )
+    url = several
+    with unharmed(url, {**BODY, "prompt": "many"}, clients=8):
+        until(lambda: running() == 2)
+        until(lambda: len(witness.images("many")) == 2)
+    with unharmed(url, {**BODY, "steps": 500}, clients=2):  # both replicas are at work when one is to stop
+        until(lambda: running() == 1)
     until(lambda: not running() and not replicas())
     assert ask(url + "/readyz").status == 200
     assert ask(url + PNG, BODY, accept="image/png").data == expected  # waits for the replica to start
