@@ -300,10 +300,10 @@ def test_a_huge_animation_costs_its_first_frame_only(tmp_path: Any) -> None:
 
 
 def test_pictures_are_read_ahead_but_never_all_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffray.pipelines.making import worker
+    from diffray.pipelines.making import images
 
     held, most = 0, 0
-    original: Callable[..., Any] = worker.Worker._outcome
+    original: Callable[..., Any] = images.Maker._outcome
 
     async def counted(self: Any, ready: Any, spent: Any) -> Any:
         nonlocal held, most
@@ -314,9 +314,9 @@ def test_pictures_are_read_ahead_but_never_all_at_once(place: Place, monkeypatch
         finally:
             held -= 1
 
-    monkeypatch.setattr(worker.Worker, "_outcome", counted)
+    monkeypatch.setattr(images.Maker, "_outcome", counted)
     (place.path / "in").mkdir()
     (place.path / "in/a.png").write_bytes(data(Image.new("RGB", (16, 16), "red")))
     table = place.write("image,prompt\n" + "a.png,x\n" * 60, "in/t.csv")
     assert place.job(table, task="augment", shards={"images": 60}).images == 60
-    assert 2 < most <= 2 * 2 + worker.READERS
+    assert 2 < most <= 2 * 2 + images.READERS
