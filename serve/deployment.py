@@ -28,6 +28,8 @@ HEALTH_PATIENCE = 10.0
 """Seconds that a replica may take to answer one: long generations do not keep it from that."""
 DRAIN_MARGIN = 30.0
 """Seconds that a replica may take to stop beyond the longest generation."""
+LOOK_BACK = 11.0
+"""Seconds of load that autoscaling judges at least by; Serve wants more than its reports are apart, which is 10."""
 UNLIMITED = 100_000
 """Requests that an ingress may hold: what waits is bounded by admission, and polls must get through."""
 
@@ -103,7 +105,7 @@ def application(config: ServeConfig) -> serve.Application:
             target_ongoing_requests=scale.target,
             upscale_delay_s=scale.upscale_seconds,
             downscale_delay_s=scale.downscale_seconds,
-            look_back_period_s=max(2.0, min(30.0, scale.upscale_seconds)),
+            look_back_period_s=max(LOOK_BACK, min(30.0, scale.upscale_seconds)),
         ),
         request_router_config=RequestRouterConfig(**router if several else {}),
         **lifetime,

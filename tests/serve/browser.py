@@ -6,8 +6,11 @@ import base64
 import io
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +122,28 @@ def drop_file(page: Page, data: bytes, name: str, media: str, how: str = "drop")
         document.querySelector("#source-choose").dispatchEvent(event);
     }"""
     page.evaluate(script, [base64.b64encode(data).decode(), name, media, how])
+
+
+def dab(page: Page, colour: Any = "blue") -> None:
+    """A source picture of one colour, with a dab of mask on it."""
+    drop(page, Image.new("RGB", (64, 64), colour))
+    page.click("#mask-open")
+    page.locator("#easel").click()
+    page.click("#mask-done")
+
+
+def check_calls(page: Page, folder: Path, made: Image.Image) -> None:
+    """Every call that the page shows for its picture `made` makes the same one, run as it stands in `folder`."""
+    page.get_by_role("button", name="API call").click()
+    for offered in page.locator("#calls-files button").all():
+        with page.expect_download() as download:
+            offered.click()
+        download.value.save_as(folder / download.value.suggested_filename)
+    for kind in page.locator("#calls-kinds label").all():
+        kind.click()
+        code = page.locator("#calls-code").inner_text()
+        program = [sys.executable, "-c"] if "Python" in kind.inner_text() else ["bash", "-c"]
+        done = subprocess.run([*program, code], cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        assert Image.open(folder / "picture.png").convert("RGB").tobytes() == made.tobytes(), code
+        (folder / "picture.png").unlink()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -374,24 +372,9 @@ def test_history_is_bounded(page: Page) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_calls_that_it_shows_make_the_same_picture(page: Page, tmp_path: Path, masked: bool) -> None:
     if masked:
-        web.drop(page, Image.new("RGB", (64, 64), BLUE))
-        page.click("#mask-open")
-        page.locator("#easel").click()
-        page.click("#mask-done")
+        web.dab(page, BLUE)
     made = web.generate(page, 'a circle that isn\'t "red" $HOME', steps=5, negative_prompt="back\\slash")
-    page.get_by_role("button", name="API call").click()
-    for offered in page.locator("#calls-files button").all():
-        with page.expect_download() as download:
-            offered.click()
-        download.value.save_as(tmp_path / download.value.suggested_filename)
-    for kind in page.locator("#calls-kinds label").all():
-        kind.click()
-        code = page.locator("#calls-code").inner_text()
-        program = [sys.executable, "-c"] if "Python" in kind.inner_text() else ["bash", "-c"]
-        done = subprocess.run([*program, code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
-        assert Image.open(tmp_path / "picture.png").convert("RGB").tobytes() == made.tobytes(), code
-        (tmp_path / "picture.png").unlink()
+    web.check_calls(page, tmp_path, made)
     page.click("#calls-close")
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from diffray.serve.config import ServeConfig
@@ -113,26 +110,11 @@ def without(catalogue: dict[str, list[dict[str, object]]]) -> dict[str, list[dic
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_calls_that_it_shows_have_them(page: Page, tmp_path: Path, masked: bool) -> None:
     if masked:
-        web.drop(page, Image.new("RGB", (64, 64), "blue"))
-        page.click("#mask-open")
-        page.locator("#easel").click()
-        page.click("#mask-done")
+        web.dab(page)
     wear(page, "watercolour", "0.8")
     wear(page, "ink", "-1")
     made = web.generate(page, "a circle", steps=4)
-    page.get_by_role("button", name="API call").click()
-    for offered in page.locator("#calls-files button").all():
-        with page.expect_download() as download:
-            offered.click()
-        download.value.save_as(tmp_path / download.value.suggested_filename)
-    for kind in page.locator("#calls-kinds label").all():
-        kind.click()
-        code = page.locator("#calls-code").inner_text()
-        program = [sys.executable, "-c"] if "Python" in kind.inner_text() else ["bash", "-c"]
-        done = subprocess.run([*program, code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, f"{code}\n{done.stderr}"
-        assert Image.open(tmp_path / "picture.png").convert("RGB").tobytes() == made.tobytes(), code
-        (tmp_path / "picture.png").unlink()
+    web.check_calls(page, tmp_path, made)
 
 
 def test_by_keyboard_alone(page: Page) -> None:
