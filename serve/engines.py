@@ -38,6 +38,10 @@ PATIENCE = 0.5
 time to be made elsewhere."""
 
 
+class EngineHangs(GenerationError):
+    """No step for so long that there will be none: the images in it never end."""
+
+
 class Engines:
     """A `Backend` in this process. Belongs to one event loop.
 
@@ -233,7 +237,8 @@ class Engines:
         Waits at most for the steps that run now.
 
         Raises:
-            GenerationError: the default model is not loaded yet, or an engine is broken or hangs.
+            GenerationError: the default model is not loaded yet, or an engine is broken.
+            EngineHangs: one hangs.
             RuntimeError: the accelerator is (torch).
         """
         self.sample()
@@ -243,7 +248,7 @@ class Engines:
             if resident.engine.failure is not None:
                 raise GenerationError(f"the engine of {resident.name} stopped: {resident.engine.failure}")
             if (seconds := resident.standstill()) > PATIENCE * self.config.limits.seconds:
-                raise GenerationError(f"the engine of {resident.name} hangs: no step for {seconds:.0f} s")
+                raise EngineHangs(f"the engine of {resident.name} hangs: no step for {seconds:.0f} s")
         if torch.cuda.is_available():
             await asyncio.to_thread(_touch_accelerator)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -16,10 +18,11 @@ from diffray.model import DiffrayError
 
 from . import metrics
 from .config import ServeConfig
-from .engines import ENGINE_DOWN, Engines
+from .engines import ENGINE_DOWN, EngineHangs, Engines
 from .refusal import Refusal
 from .work import Event, ModelCard, Progress, Work
 
+log = logging.getLogger("diffray.serve")
 ATTEMPTS = 4
 """Of one image: a seeded one comes out the same wherever it is made."""
 PAUSE = 1.0
@@ -72,8 +75,15 @@ class Replica:
             raise Refusal(503, OTHER_VERSION, "this replica is of another version")
 
     async def check_health(self) -> None:
-        """What Serve asks now and then; a replica that raises is replaced."""
-        await self.engines.check()
+        """What Serve asks now and then; a replica that raises is replaced, once its images have ended.
+
+        Those in an engine that hangs never do. So this process ends, and they are made elsewhere while there is time.
+        """
+        try:
+            await self.engines.check()
+        except EngineHangs as error:
+            log.critical("this replica ends itself: %s", error)
+            os._exit(1)
 
 
 def multiplexed(models: int) -> type[Replica]:

@@ -17,7 +17,7 @@ from diffray.model import GenerationError, ImageRequest, InvalidRequest
 from diffray.model import engine as engine_module
 from diffray.serve import metrics, residents
 from diffray.serve.config import Guardrails, Limits, Memory, ModelEntry, ServeConfig
-from diffray.serve.engines import Engines
+from diffray.serve.engines import EngineHangs, Engines
 from diffray.serve.refusal import Refusal
 from diffray.serve.work import Finished, Progress, Work
 
@@ -219,7 +219,7 @@ def test_an_engine_that_hangs_fails_the_health_check() -> None:
             await until(lambda: bool(engine.waiting or engine.running))
             await backend.check()
             await asyncio.sleep(0.7)
-            with pytest.raises(GenerationError, match="hangs"):
+            with pytest.raises(EngineHangs, match="no step"):
                 await backend.check()
             over.set()
             await asyncio.wait({hung})

@@ -150,7 +150,7 @@ def several(url: str, store: str, expected: bytes) -> str:
             models={"embedded": {}, "other": {"source": store}},
             memory={"models": 1},
             replicas={**CONFIG["replicas"], "target": 4},
-            limits={"seconds": 24},
+            limits={"seconds": 48},
             guardrails={"image": ["tests.serve.witness:attend"]},
         )
         until(lambda: not old & set(replicas()))
@@ -202,8 +202,7 @@ def test_a_long_generation_is_not_ill(several: str) -> None:
     assert set(replicas()) == pids
 
 
-@long
-@pytest.mark.parametrize("fault", ["break", "hang"])
+@pytest.mark.parametrize("fault", ["break", pytest.param("hang", marks=long)])
 def test_a_replica_whose_device_fails_is_replaced(several: str, expected: bytes, fault: str) -> None:
     assert ask(several + PNG, {"prompt": fault, "steps": 1}).status == 200
     (victim,) = witness.images(fault)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import prometheus_client
 from PIL import Image
 
-from diffray.model import Engine, ImageRequest
+from diffray.model import ImageRequest, engine
 
 FOLDER = "DIFFRAY_TEST_WITNESS"
 """Variable that names a folder for what was seen."""
@@ -21,7 +20,7 @@ FOLDER = "DIFFRAY_TEST_WITNESS"
 
 def attend(image: Image.Image, request: ImageRequest) -> None:
     """Write down which process made an image and which models it has read so far; the prompts "break" and "hang"
-    do that to the networks of its engines, which the next image finds out.
+    do that to its engines, which the next image finds out.
     """
     loads = {
         sample.labels["model"]: sample.value
@@ -33,21 +32,15 @@ def attend(image: Image.Image, request: ImageRequest) -> None:
     with (Path(os.environ[FOLDER]) / f"{os.getpid()}.jsonl").open("a") as file:
         file.write(line + "\n")
     if request.prompt in ("break", "hang"):
-        for engine in [thing for thing in gc.get_objects() if isinstance(thing, Engine)]:
-            engine.network = _Broken() if request.prompt == "break" else _Hanging()  # type: ignore[assignment]
+        engine.advance = _broken if request.prompt == "break" else _hanging
 
 
-class _Broken:
-    size = 8
-
-    def __call__(self, *_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: device-side assert triggered")
+def _broken(*_: object) -> NoReturn:
+    raise RuntimeError("CUDA error: device-side assert triggered")
 
 
-class _Hanging:
-    size = 8
-
-    def __call__(self, *_: object, **__: object) -> None:
+def _hanging(*_: object) -> NoReturn:
+    while True:
         time.sleep(3600)
 
 
