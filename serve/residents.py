@@ -230,9 +230,13 @@ def load_resident(name: str, entry: ModelEntry) -> Resident:
         metrics.STEP_SECONDS.observe(seconds, model=name)
         metrics.OCCUPANCY.observe(images / engine.batch_size, model=name)
 
-    engine = Engine(model, batch_size=entry.batch_size, observer=observe)
-    engine.generate([warm_up(model)])
-    return Resident(name, engine.start(), model.checksum, model.adapters, _weight_bytes(model))
+    engine = Engine(model, batch_size=entry.batch_size, observer=observe).start()
+    try:
+        engine.generate([warm_up(model)])
+    except BaseException:
+        engine.close()
+        raise
+    return Resident(name, engine, model.checksum, model.adapters, _weight_bytes(model))
 
 
 def warm_up(model: Model) -> ImageRequest:

@@ -8,6 +8,7 @@ unexpected, misshapen or not finite.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -98,6 +99,26 @@ def load_model(
         CheckpointError: it cannot be found, read, recognised or filled completely.
         UnsafeCheckpoint: it is a pickle.
     """
+    # OpenMP keeps a team of threads for each thread that ever computed in parallel, and where the teams together
+    # outnumber the cores they stop spinning for work: an engine's thread then takes a third longer. So the
+    # thread that fills the networks ends here, with its team.
+    with ThreadPoolExecutor(1, "diffray-load") as apart:
+        return apart.submit(
+            _load, source, device, dtype, vae_dtype, vae, taesd, adapters, text, options
+        ).result()
+
+
+def _load(
+    source: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    vae_dtype: str | torch.dtype,
+    vae: str | None,
+    taesd: str | None,
+    adapters: Mapping[str, str] | None,
+    text: Encode | None,
+    options: dict[str, Any],
+) -> Model:
     place = place_for(device)
     wanted = dtype_for(dtype, place)
     checkpoint = open_checkpoint(resolve(source))

@@ -6,6 +6,8 @@ import ast
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,25 @@ def test_a_decoder_that_overflows_is_kept_in_float32(
     model = load_model(str(folders["sdxl"]), dtype=dtype, vae_dtype=vae_dtype)
     assert model.config.vae.force_upcast
     assert model.vae.dtype == wanted
+
+
+def test_no_thread_stays_behind() -> None:
+    """A team of OpenMP threads that the caller had no use for would slow down an engine's own."""
+    program = """
+import os, time
+from diffray.model import load_model
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = threads()
+model = load_model(device="cpu")
+until = time.monotonic() + 30
+while threads() > before and time.monotonic() < until:
+    time.sleep(0.1)
+assert threads() <= before, (before, threads())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
 
 
 def test_unknown_dtype(folders: dict[str, Path]) -> None:
