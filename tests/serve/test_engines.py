@@ -208,20 +208,24 @@ def test_an_engine_that_hangs_fails_the_health_check() -> None:
     """Only while images wait: one that has nothing to do makes no steps either."""
 
     async def test() -> None:
-        async with engines(limits=Limits(seconds=1)) as backend:
+        async with engines(limits=Limits(seconds=4)) as backend:
             await backend.start()
             await backend.check()
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(2.2)
             await backend.check()
-            engine, over = next(iter(backend.residents)).engine, threading.Event()
-            engine._queue.send(over.wait)
-            hung = asyncio.create_task(finish(backend, work(steps=1)))
-            await until(lambda: bool(engine.waiting or engine.running))
-            await backend.check()
-            await asyncio.sleep(0.7)
-            with pytest.raises(EngineHangs, match="no step"):
+            engine = next(iter(backend.residents)).engine
+            begun, over = threading.Event(), threading.Event()
+            engine._queue.send(lambda: begun.set() or over.wait())
+            await asyncio.to_thread(begun.wait)
+            try:
+                hung = asyncio.create_task(finish(backend, work(steps=1)))
+                await until(lambda: bool(engine.waiting or engine.running))
                 await backend.check()
-            over.set()
+                await asyncio.sleep(2.2)
+                with pytest.raises(EngineHangs, match="no step"):
+                    await backend.check()
+            finally:
+                over.set()  # or nothing could ever close the engine
             await asyncio.wait({hung})
             await backend.check()
 
