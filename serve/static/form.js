@@ -32,7 +32,7 @@ export class Form {
     for (const name of ["width", "height"]) byId(name).addEventListener("input", () => this.#nameShape());
     byId("seed-clear").onclick = () => this.fill({ seed: "" });
     this.element.addEventListener("input", (event) => {
-      this.#excuse(event.target.closest("fieldset") ?? event.target);
+      this.#excuse(event.target.closest("#adapters") ?? event.target);
       this.#digest();
     });
     if (window.matchMedia("(max-width: 899px)").matches) byId("settings").open = false;
@@ -46,7 +46,7 @@ export class Form {
     number.addEventListener("input", () => (slider.value = number.value));
   }
 
-  /** Fill the menus with what the service offers. */
+  /** Fill the menus with what the service offers; what was typed before would be lost, so the controls wait for this. */
   offer({ models, samplers, schedules }) {
     this.models = models;
     const options = (names) => names.map((name) => make("option", { value: name, textContent: name }));
@@ -54,6 +54,7 @@ export class Form {
     byId("sampler").replaceChildren(...options(samplers));
     byId("schedule").replaceChildren(...options(schedules));
     this.#useDefaults();
+    byId("controls").disabled = false;
   }
 
   get card() {

@@ -14,7 +14,7 @@ from urllib.error import HTTPError
 
 import pytest
 from PIL import Image, ImageStat
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from diffray.serve import keys
 from diffray.serve.config import ServeConfig
@@ -120,6 +120,21 @@ def test_a_picture_forms_from_previews_and_shows_what_was_asked(page: Page) -> N
     assert red > 2 * blue
     expect(page.locator(".tile figcaption")).to_contain_text("64 × 64 · 40 steps · seed 3 · embedded")
     expect(page.locator("#status")).to_have_text("Finished.")
+
+
+@pytest.mark.slow
+def test_controls_wait_for_what_the_service_offers(chromium: Browser, service_app: Live) -> None:
+    context = chromium.new_context()
+    page, held = context.new_page(), list[Route]()
+    page.route("**/v1/diffray/models", lambda route: held.append(route))
+    with page.expect_request("**/v1/diffray/models"):
+        page.goto(service_app.url)
+    expect(page.locator("#generate")).to_be_disabled()
+    expect(page.locator("#prompt")).to_be_disabled()
+    held[0].continue_()
+    web.generate(page, "a green star", steps=2)
+    assert page.locator("#steps").input_value() == "2"
+    context.close()
 
 
 @pytest.mark.slow
