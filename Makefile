@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := model pipelines serve cli
+PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -13,10 +14,10 @@ demo: $(INSTALLED)
 	$(BIN)/diffray generate examples/prompts.csv out/demo
 
 test: check
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 test-fast: check
-	$(BIN)/pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(INSTALLED) types
 	$(BIN)/ruff check .

@@ -56,6 +56,7 @@ class Engines:
         self._configs: dict[str, ModelConfig] = {}
         self._started = False
         self._threads = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "diffray-serve")
+        self._previewing = asyncio.Semaphore(1)
 
     async def start(self) -> None:
         """Check the adapters of all models, load the default model and warm it up.
@@ -146,7 +147,7 @@ class Engines:
                     if ticket.step != shown:
                         due = _preview_due(work, shown, ticket.step)
                         shown = ticket.step
-                        preview = await self._thread(partial(_small_jpeg, ticket)) if due else None
+                        preview = await self._preview(ticket) if due else None
                         yield Progress(shown, ticket.steps, preview)
                     try:
                         async with asyncio.timeout_at(deadline):
@@ -227,6 +228,15 @@ class Engines:
         metrics.PIXELS.add(result.image.width * result.image.height, model=work.model)
         request = replace(result.request, init_image=None, mask=None, depth=None, init_latents=None)
         return Finished(data, request, work.model, resident.checksum, timings, checksums)
+
+    async def _preview(self, ticket: Ticket) -> bytes | None:
+        """One at a time, each in a thread that ends: its OpenMP team would slow the engine (`load_model`)."""
+        async with self._previewing:
+            apart = ThreadPoolExecutor(1, "diffray-preview")
+            try:
+                return await asyncio.get_running_loop().run_in_executor(apart, partial(_small_jpeg, ticket))
+            finally:
+                apart.shutdown(wait=False)
 
     async def _thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

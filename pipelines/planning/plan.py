@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
@@ -32,6 +33,8 @@ from ..outputs.schemas import SOURCE_COLUMN
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from .rows import PlannedImage, RowRules
+
+Hashes = NDArray[np.uint64]
 
 PLANS = "_diffray/plans"
 WRITERS = 8
@@ -224,9 +227,9 @@ class Survey:
             raise InvalidJob(
                 f"{placed} rows name their image by row_id and index, the others do not: use one way"
             )
-        self._check_unique(given, derived)
-        values, counts = np.unique(np.frombuffer(derived, dtype=np.uint64), return_counts=True)
-        self._repeated = set(values[counts > 1].tolist())
+        keys, contents = _sorted(given), _sorted(derived)
+        self._check_unique(keys, contents)
+        self._repeated = _repeated(contents)
         user.finish(self._own_schema(columns))
         self.user = user
 
@@ -283,11 +286,9 @@ class Survey:
         if all(name in columns for name in COUNT_COLUMNS):
             raise InvalidJob(f"the input has both columns {' and '.join(COUNT_COLUMNS)}; they mean the same")
 
-    def _check_unique(self, given: array[int], derived: array[int]) -> None:
-        values, counts = np.unique(np.frombuffer(given, dtype=np.uint64), return_counts=True)
-        hashes = np.unique(np.frombuffer(derived, dtype=np.uint64)).tolist() if len(given) else []
-        taken = {text_hash(f"{content:016x}") for content in hashes}
-        suspects = set(values[counts > 1].tolist()) | (taken & set(values.tolist()) if taken else set())
+    def _check_unique(self, keys: Hashes, contents: Hashes) -> None:
+        taken = {text_hash(f"{content:016x}") for content in contents.tolist()} if len(keys) else set()
+        suspects = _repeated(keys) | (taken & set(keys.tolist()) if taken else set())
         if not suspects:
             return
         places: dict[str, list[str]] = {}
@@ -300,3 +301,15 @@ class Survey:
         if double:
             shown = "; ".join(f"{key!r} at {', '.join(where[:5])}" for key, where in list(double.items())[:5])
             raise InvalidJob(f"duplicate ids, each would overwrite the other ({len(double)} in all): {shown}")
+
+
+def _sorted(hashes: array[int]) -> Hashes:
+    """Sorted where they lie: a copy would be as large as all that the survey keeps."""
+    values = np.frombuffer(hashes, dtype=np.uint64)
+    values.sort()
+    return values
+
+
+def _repeated(values: Hashes) -> set[int]:
+    """Those that stand more than once among sorted values."""
+    return set(values[1:][values[1:] == values[:-1]].tolist())

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import load_file, save_file
 
 from diffray.model import Engine, ImageRequest, load_model
@@ -30,11 +33,13 @@ from tests.pipelines import s3
 from . import witness
 from .ask import ask, post
 from .cluster import CONFIG, PNG, Load, cluster, cpu_seconds, deploy, replicas, running, until
+from .loras import write_lora
 
 pytestmark = pytest.mark.slow
 long = pytest.mark.skipif(
     "DIFFRAY_TEST_LONG" not in os.environ, reason="takes minutes; DIFFRAY_TEST_LONG=1 runs it"
 )
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BODY: dict[str, Any] = {"prompt": "a large red circle on a blue background", "seed": 11, "steps": 8}
 
 
@@ -74,13 +79,20 @@ def expected() -> bytes:
     return picture("embedded", "embedded")
 
 
-def picture(name: str, source: str) -> bytes:
-    """What a bare engine makes of BODY."""
-    model = load_model(source)
-    request = ImageRequest(prompt=BODY["prompt"], seed=BODY["seed"], steps=BODY["steps"])
+def picture(name: str, source: str, **adapters: Path) -> bytes:
+    """What a bare engine makes of BODY, wearing the adapters."""
+    model = load_model(source, adapters={name: str(path) for name, path in adapters.items()})
+    worn = [{"name": name, "weight": 1.0} for name in adapters]
+    request = ImageRequest(prompt=BODY["prompt"], seed=BODY["seed"], steps=BODY["steps"], adapters=worn)
     result = Engine(model).generate([request])[0]
     assert result.image is not None
-    return encode_image(result.image, result.request, model=name, model_checksum=model.checksum)
+    return encode_image(
+        result.image,
+        result.request,
+        model=name,
+        model_checksum=model.checksum,
+        adapter_checksums=model.adapters.checksums(),
+    )
 
 
 def fetched() -> dict[str, int]:
@@ -142,12 +154,18 @@ def test_a_killed_replica_costs_nobody_an_answer(url: str, expected: bytes) -> N
 
 
 @pytest.fixture(scope="module")
-def several(url: str, store: str, expected: bytes) -> str:
-    """A new version under load: two models, of which a replica holds one."""
+def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA file."""
+    return write_lora(tmp_path_factory.mktemp("loras") / "ink.safetensors", seed=3)
+
+
+@pytest.fixture(scope="module")
+def several(url: str, store: str, ink: Path, expected: bytes) -> str:
+    """A new version under load: two models, of which a replica holds one, and an adapter."""
     old = set(replicas())
     with unharmed(url, BODY) as load:
         deploy(
-            models={"embedded": {}, "other": {"source": store}},
+            models={"embedded": {"adapters": str(ink.parent)}, "other": {"source": store}},
             memory={"models": 1},
             replicas={**CONFIG["replicas"], "target": 4},
             limits={"seconds": 48},
@@ -160,6 +178,21 @@ def several(url: str, store: str, expected: bytes) -> str:
 
 def test_a_new_version_under_load(several: str) -> None:
     assert [model["id"] for model in ask(several + "/v1/models").json["data"]] == ["embedded", "other"]
+
+
+def test_an_adapter_is_worn_by_those_who_ask_for_it(several: str, ink: Path, expected: bytes) -> None:
+    wanted = {(): expected, ("ink",): picture("embedded", "embedded", ink=ink)}
+    assert len({*wanted.values()}) == 2
+
+    def made(names: tuple[str, ...]) -> bytes:
+        body = {**BODY, "adapters": [{"name": name, "weight": 1.0} for name in names]}
+        return ask(several + PNG, body, accept="image/png").data
+
+    choices = [(), ("ink",)] * 6
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(made, choices)) == [wanted[names] for names in choices]
+    refused = ask(several + PNG, {**BODY, "adapters": [{"name": "nope"}]})
+    assert (refused.status, refused.json["error"]["field"]) == (422, "adapters")
 
 
 def test_each_model_stays_where_it_was_loaded(several: str, other: Path, expected: bytes) -> None:
@@ -235,6 +268,14 @@ def test_load_brings_replicas_and_idleness_takes_them_away(several: str, expecte
     until(lambda: not running() and not replicas())
     assert ask(url + "/readyz").status == 200
     assert ask(url + PNG, BODY, accept="image/png").data == expected  # waits for the replica to start
+
+
+def test_the_example_file_is_a_config_of_serve(url: str, expected: bytes) -> None:
+    serve.delete("diffray")
+    config = ServeDeploySchema.model_validate(yaml.safe_load((EXAMPLES / "serve.yaml").read_text()))
+    _get_global_client().deploy_apps(config)  # what `serve deploy` has the cluster do
+    until(lambda: str(serve.status().applications["diffray"].status) == "RUNNING")
+    assert ask(url + PNG, BODY, accept="image/png").data == expected
 
 
 def test_a_config_that_leaves_the_door_open_is_refused() -> None:

@@ -1,0 +1,38 @@
+"""Which tests share a process when several processes run them (`pytest -n 2`).
+
+Those of a file do, since they share its servers; and all that start Ray, since two of it at once are slow on a
+small machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+RAY = (
+    "tests/chaos/test_kills.py",
+    "tests/cli/test_cli.py",
+    "tests/cli/test_tasks.py",
+    "tests/packaging/test_examples.py",
+    "tests/pipelines/making/test_texts.py",
+    "tests/pipelines/test_metrics.py",
+    "tests/pipelines/test_object_storage.py",
+    "tests/pipelines/test_processor.py",
+    "tests/pipelines/test_ray.py",
+    "tests/serve/test_ray_serve.py",
+)
+
+
+class Together(LoadScopeScheduling):
+    """Hands whole files to the processes, and all of `RAY` to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if file in RAY else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    config.option.loadscopereorder = False  # in the order collected: what takes longest comes early
+    return Together(config, log)
