@@ -134,7 +134,8 @@ class Workers(Strict):
     """At most this many engines, or a range such as 2-16; None takes one per GPU, or one per eight CPU cores, of the
     cluster as it is at the start. More than fit at first wait for the cluster to grow."""
     cpus: float | None = Field(default=None, gt=0)
-    """CPU cores, and torch threads, of an actor without a GPU; None divides the cluster's evenly."""
+    """CPU cores of an actor without a GPU; None divides the cluster's evenly. It computes with as many torch threads
+    as an actor of the job's first run had cores, since the bytes depend on it."""
     gpus: float | None = Field(default=None, ge=0)
     """GPUs per actor, a fraction for several on one; None takes 1 where the cluster has any and the device
     allows it."""

@@ -1,4 +1,4 @@
-"""Which tests share a process when several processes run them (`pytest -n 2`).
+"""One torch thread per process, on whose number bytes depend; and which tests share a process under `pytest -n 2`.
 
 Those of a file do, since they share its servers; and all that start Ray, since two of it at once are slow on a
 small machine.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from xdist.scheduler import LoadScopeScheduling
+
+torch.set_num_threads(1)
 
 RAY = (
     "tests/chaos/test_kills.py",

@@ -27,6 +27,7 @@ from diffray.model.errors import DiffrayError, JobError
 from ..arrival import ARRIVED
 from ..config import JobConfig, Workers
 from ..metrics import ImageMeter, PoolMeter
+from ..outputs.fingerprint import settled_threads
 from ..outputs.store import Store
 from . import backlog, board
 from .models import Models, shown_name
@@ -129,6 +130,7 @@ def generate_on_ray(
     with _Cluster(config.workers.address):
         connected = time.monotonic() - began
         size, meter, past = Size(config.workers, shares[0].model.device), PoolMeter(), tuple[Any, ...]()
+        size.threads = settled_threads(store, size.kind, size.threads)
         try:
             for share in shares:
                 pulse = None
@@ -212,6 +214,7 @@ class Size:
     Attributes:
         options: of `map_batches`: what an actor takes and where it may be.
         text_options: of the actors that are text encoders: the same kind of device, as the bytes depend on it.
+        kind: what an engine computes on, "CPU" or "GPU".
         threads: torch threads of an engine on CPU, or None.
 
     Raises:
@@ -227,16 +230,17 @@ class Size:
         if device.startswith("cuda") and not wants_gpu:
             raise JobError(f"device {device} asked for, but the cluster has no GPU")
         if wants_gpu:
-            kind, each, there, self.threads = "GPU", workers.gpus or 1.0, gpus - texts, None
+            self.kind, each, there = "GPU", workers.gpus or 1.0, gpus - texts
+            self.threads: int | None = None
         else:
             cpus -= texts
             actors = workers.most or max(1, int(cpus / (workers.cpus or CORES_PER_ENGINE)))
-            kind, each, there = "CPU", workers.cpus or max(1.0, cpus // actors), cpus
+            self.kind, each, there = "CPU", workers.cpus or max(1.0, cpus // actors), cpus
             self.threads = max(1, int(each))
         if each > there and not workers.most:
             beside = f" beside its {workers.text_encoders} text encoders" if texts else ""
             raise JobError(
-                f"each engine asks for {each:g} {kind}, the cluster has {there:g}{beside}; "
+                f"each engine asks for {each:g} {self.kind}, the cluster has {there:g}{beside}; "
                 "with workers.actors the job waits for a cluster that grows"
             )
         self._fit = max(1, int(there / each))

@@ -17,6 +17,7 @@ from ..making.scores import facts as facts_of
 from .store import Store
 
 JOB = "_diffray/job.json"
+DEVICE = "_diffray/device.json"
 _ELSEWHERE: Any = {"input": True, "output": True, "workers": True, "pictures": {"root"}}
 """Where the job reads, writes and runs: that may change."""
 VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
@@ -104,11 +105,33 @@ def check(store: Store, mine: dict[str, Any]) -> None:
     )
 
 
-def _recorded(store: Store) -> dict[str, Any]:
+def settled_threads(store: Store, kind: str, threads: int | None) -> int | None:
+    """Torch threads of every engine of the job: as many as its first run had, since the last bits of what a CPU
+    computes depend on their number.
+
+    Args:
+        kind: what this run's engines compute on, "CPU" or "GPU".
+        threads: as many as this run would have; None on a GPU.
+
+    Raises:
+        JobConflict: the first run's engines computed on the other kind.
+    """
+    store.put_if_absent(DEVICE, (json.dumps({"kind": kind, "threads": threads}) + "\n").encode())
+    first = _recorded(store, DEVICE)
+    if first["kind"] != kind:
+        raise JobConflict(
+            f"{store.url}: the job began on a {first['kind']}, here the rest would be made on a {kind}, as other "
+            f"images; bring back a {first['kind']}, or choose a new output"
+        )
+    settled: int | None = first["threads"]
+    return settled
+
+
+def _recorded(store: Store, name: str = JOB) -> dict[str, Any]:
     try:
-        return dict(json.loads(store.read(JOB)))
+        return dict(json.loads(store.read(name)))
     except ValueError as error:
-        raise JobConflict(f"{store.path(JOB)} is damaged: {error}") from None
+        raise JobConflict(f"{store.path(name)} is damaged: {error}") from None
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -25,7 +25,6 @@ from diffray.model import Engine, ImageRequest, Model, Result, load_model
 from diffray.model.networks.tokenizer import ClipTokenizer
 from diffray.model.weights.convert import convert
 
-torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
 
 TOLERANCE = 1e-4

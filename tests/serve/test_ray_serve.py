@@ -274,7 +274,7 @@ def test_the_example_file_is_a_config_of_serve(url: str, expected: bytes) -> Non
     serve.delete("diffray")
     config = ServeDeploySchema.model_validate(yaml.safe_load((EXAMPLES / "serve.yaml").read_text()))
     _get_global_client().deploy_apps(config)  # what `serve deploy` has the cluster do
-    until(lambda: str(serve.status().applications["diffray"].status) == "RUNNING")
+    until(lambda: serve.status().applications["diffray"].status == "RUNNING")
     assert ask(url + PNG, BODY, accept="image/png").data == expected
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffray.model.errors import JobError
-from diffray.pipelines import JobConfig, Workers
+from diffray.model.errors import JobConflict, JobError
+from diffray.pipelines import JobConfig, Store, Workers
 from diffray.pipelines.config import Between, InvalidJob
 from diffray.pipelines.making import actors
 from diffray.pipelines.making.actors import Size
+from diffray.pipelines.making.models import Models
+from diffray.pipelines.making.worker import Share
 
 GPUS = {"GPU": 4.0, "CPU": 64.0}
 CPUS = {"CPU": 16.0}
@@ -74,6 +79,42 @@ def test_text_encoders_take_their_part_of_the_engines_kind_of_device(cluster: An
     size = Size(Workers(text_encoders=2, text_share=4), "auto")
     assert size.text_options == {"num_cpus": 4.0}
     assert (size.options["num_cpus"], size.threads, size.engines(1000)) == (8.0, 8, (1, 1, 1))
+
+
+def test_a_job_keeps_the_threads_and_the_kind_of_device_of_its_first_run(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The bytes of its images depend on them."""
+    used: list[int | None] = []
+
+    class Asked:
+        def __init__(self, *parts: Any) -> None:
+            used.append(next(part.threads for part in parts if isinstance(part, Size)))
+
+        def run(self) -> Iterator[Any]:
+            return iter(())
+
+    monkeypatch.setattr(actors, "_Cluster", lambda address: nullcontext())
+    monkeypatch.setattr(actors, "_pool", Asked)
+
+    def run(output: str, **workers: Any) -> int | None:
+        config = JobConfig.checked({"input": "a", "output": output, "workers": workers})
+        share = Share(config.model, [0])
+        list(actors.generate_on_ray(config, 1, Store(output), Models(config.storage), [share]))
+        return used[-1]
+
+    first, other = str(tmp_path / "first"), str(tmp_path / "other")
+    cluster(CPUS)
+    assert [run(first), run(other, cpus=2)] == [8, 2]
+    cluster({"CPU": 6.0})
+    assert [run(first), run(first, cpus=1), run(other)] == [8, 8, 2]
+    cluster(GPUS)
+    with pytest.raises(JobConflict, match="the job began on a CPU, here the rest would be made on a GPU"):
+        run(first)
+    assert run(str(tmp_path / "third")) is None
+    cluster(CPUS)
+    with pytest.raises(JobConflict, match="began on a GPU, here the rest would be made on a CPU"):
+        run(str(tmp_path / "third"))
 
 
 def test_a_range_of_actors_in_a_job_file() -> None:

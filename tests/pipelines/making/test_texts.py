@@ -40,14 +40,6 @@ OTHER = "a green triangle left of a yellow star"
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Actors that live in this process have nothing to check and nobody to report to."""
     monkeypatch.setattr(texts, "check_versions", lambda store: None)
