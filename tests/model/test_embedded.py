@@ -35,6 +35,7 @@ def test_it_is_small_and_whole(model: Model) -> None:
     assert (model.config.defaults.width, model.config.defaults.height) == (64, 64)
 
 
+@pytest.mark.slow
 def test_it_answers_captions(engine: Engine) -> None:
     """A sample of the held-out captions; `training.evaluate` measures all 500."""
     scenes = held_out(24)

@@ -51,6 +51,7 @@ def everything(s3: S3, url: str) -> dict[str, bytes]:
     return {name: files.cat_file(name) for name in files.find(root)}
 
 
+@pytest.mark.slow
 def test_a_job_with_input_and_output_on_s3_is_the_one_on_disk(place: Place, s3: S3) -> None:
     url = s3.folder()
     pages = {"contact_sheet": 2, "gallery": 2}
@@ -140,6 +141,7 @@ def test_a_job_survives_a_storage_that_breaks_all_the_time(place: Place, s3: S3)
     assert verify(Store(f"{url}/out", s3.options())).faults == ()
 
 
+@pytest.mark.slow
 def test_credentials_that_expire_stop_the_job_and_it_goes_on_with_new_ones(place: Place, s3: S3) -> None:
     clean, url = s3.folder(), s3.folder()
     place.run(on_s3(s3, clean))
@@ -163,6 +165,7 @@ def test_credentials_that_expire_stop_the_job_and_it_goes_on_with_new_ones(place
     assert contents(s3, url) == contents(s3, clean)
 
 
+@pytest.mark.slow
 def test_of_two_drivers_at_once_one_works(place: Place, s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.2)
     url, ended = s3.folder(), []

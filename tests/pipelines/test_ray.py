@@ -15,6 +15,7 @@ from .conftest import Place
 from .fake import FakeModels
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_ray_makes_the_same_bytes_as_one_process(place: Place) -> None:
     table = place.write("prompt,n\np,4\nPOISON,1\nq,4\n")

@@ -80,6 +80,7 @@ def pixels(image: Image.Image) -> Any:
     return np.asarray(image.convert("RGB"), dtype=int)
 
 
+@pytest.mark.slow
 def test_txt2img_is_the_engine_s_image(api: webuiapi.WebUIApi) -> None:
     result = api.txt2img(
         prompt="a red circle", negative_prompt="blue", seed=5, batch_size=2, n_iter=2, **SMALL

@@ -100,6 +100,7 @@ def steps_done(service: Live) -> float:
 # ---- what they do ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_adapter_changes_the_picture_and_weight_0_does_not(service: Live, folder: Path) -> None:
     plain, worn = made(service), made(service, adapters=[{"name": "watercolour", "weight": 0.8}])
     assert pixels(plain["image"]) != pixels(worn["image"])
@@ -424,6 +425,7 @@ def test_files_that_do_not_fit_stop_the_start_and_are_named(tmp_path: Path, fold
     assert "strange.safetensors" in asyncio.run(start(strange))
 
 
+@pytest.mark.slow
 def test_memory_of_adapters_is_counted_and_makes_others_give_way(folder: Path) -> None:
     def work(model: str, *names: str) -> Work:
         request = ImageRequest(prompt="a red circle", steps=1, adapters=names)  # type: ignore[arg-type]

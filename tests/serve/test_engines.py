@@ -204,6 +204,7 @@ def test_health_is_answered_during_a_long_generation() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_fails_the_health_check() -> None:
     """Only while images wait: one that has nothing to do makes no steps either."""
 
@@ -245,6 +246,7 @@ def test_the_least_recently_used_model_makes_room() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_memory_is_counted_in_bytes() -> None:
     def shown() -> float:
         lines = metrics.text()[0].decode().splitlines()
@@ -269,6 +271,7 @@ def test_memory_is_counted_in_bytes() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_a_model_in_use_is_not_dropped_and_the_other_waits_its_turn() -> None:
     async def test() -> None:
         async with engines(models=THREE, memory=Memory(models=1)) as backend:
@@ -284,6 +287,7 @@ def test_a_model_in_use_is_not_dropped_and_the_other_waits_its_turn() -> None:
     run(test)
 
 
+@pytest.mark.slow
 def test_loading_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     original = residents.load_resident
 

@@ -214,6 +214,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, 
         yield {"url": s3.folder(), "options": s3.options()}
 
 
+@pytest.mark.slow
 def test_jobs_survive_a_restart_and_end_with_their_time(store: dict[str, Any]) -> None:
     config = ServeConfig(store=Store(**store), log="off")
     with live(config, Scripted) as first:

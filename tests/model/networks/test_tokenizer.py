@@ -93,6 +93,7 @@ WORDS = [
 TEXTS = st.one_of(st.text(max_size=80), st.lists(st.sampled_from(WORDS), max_size=30).map("".join))
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(TEXTS.filter(no_specials))
 def test_openai_as_transformers(text):

@@ -38,6 +38,7 @@ def same(a: Path, b: Path) -> None:
     assert all(left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "unclip", "x4", "sdxl", "refiner", "ssd", "koala"])
 def test_folder_single_folder_loses_nothing(family: str, tmp_path: Path) -> None:
     first = write_folder(tmp_path / "first", family)
@@ -202,6 +203,7 @@ def with_metadata(single: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     return load_file(single), open_checkpoint(single).metadata
 
 
+@pytest.mark.slow
 def test_a_pickled_folder(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", "sd1")
     wanted = load_model(str(folder)).config
@@ -216,6 +218,7 @@ def test_a_pickled_folder(tmp_path: Path) -> None:
     assert not list(out.rglob("*.bin"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_pickled_file(nested: bool, tmp_path: Path) -> None:
     """The tiny model's tokenizer and groups are only in its header, which a pickle does not have, so the way
@@ -233,6 +236,7 @@ def test_a_pickled_file(nested: bool, tmp_path: Path) -> None:
         convert(str(source), tmp_path / "c.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["torch", "pickle", "beside", "garbage", "truncated", "renamed"])
 def test_payloads_are_refused_and_never_run(how: str, tmp_path: Path) -> None:
     canary, file = tmp_path / "canary", tmp_path / ("model.safetensors" if how == "renamed" else "model.ckpt")

@@ -132,6 +132,7 @@ def check_text(model: Model, folder: Path) -> None:
         close(context, states[0].last_hidden_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_layouts_agree_with_the_reference_modules(family: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", family)
@@ -204,6 +205,7 @@ def test_a_decoder_that_overflows_is_kept_in_float32(
     assert model.vae.dtype == wanted
 
 
+@pytest.mark.slow
 def test_no_thread_stays_behind() -> None:
     """A team of OpenMP threads that the caller had no use for would slow down an engine's own."""
     program = """

@@ -101,6 +101,7 @@ def test_a_dead_process_frees_its_shards_and_its_waiting_turns_take_none(place: 
     assert asyncio.run(every()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_an_idle_engine_gets_the_shard_of_a_slow_one(place: Place, actor: Any) -> None:
     async def every() -> dict[str, Any]:
         task, store = planned(place, "prompt,n\nSLOW p,80\n", shards={"images": 40})

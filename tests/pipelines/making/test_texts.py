@@ -81,6 +81,7 @@ def pool(*encoders: Callable[[Any], Answer], patience: float = 60.0) -> tuple[Te
     return Texts(handles, patience), handles
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_asked_for_twice_at_once_travels_once_and_has_one_owner() -> None:
     def slow(key: Any) -> Answer:
         time.sleep(0.05)

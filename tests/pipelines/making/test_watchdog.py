@@ -18,6 +18,7 @@ from ..conftest import Place, restarting
 FOLDER = Path(watchdog.__file__).parent
 
 
+@pytest.mark.slow
 def test_work_that_moves_is_left_alone_and_work_that_stands_still_is_not() -> None:
     moved = 0
 
@@ -74,6 +75,7 @@ def test_a_process_that_hangs_with_the_lock_in_its_hand_is_ended_with_a_tracebac
     assert "in native" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_is_rejected_and_its_neighbours_are_not(place: Place) -> None:
     good = "prompt\n" + "".join(f"p{i}\n" for i in range(5))
     place.job(place.write(good, "good.csv"), "good")

@@ -58,6 +58,7 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(place: Place) 
     assert time.monotonic() - began < lock.LEASE
 
 
+@pytest.mark.slow
 def test_a_silent_owner_elsewhere_is_taken_over_and_a_living_one_is_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

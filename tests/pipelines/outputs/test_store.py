@@ -172,6 +172,7 @@ def nth(which: Callable[[int], bool], fault: Fault, method: str = "PUT") -> Call
     return decide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "409", "reset", "lost", 1.0])
 @pytest.mark.parametrize("verb", ["write", "put_if_absent"])
 def test_a_write_survives(faulty: tuple[FaultyProxy, Store, Store], verb: str, fault: Fault) -> None:
@@ -188,6 +189,7 @@ def test_a_write_survives(faulty: tuple[FaultyProxy, Store, Store], verb: str, f
         assert direct.read("k") == b"mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "reset", "truncated", 1.0])
 def test_a_read_and_a_listing_survive(faulty: tuple[FaultyProxy, Store, Store], fault: Fault) -> None:
     proxy, store, direct = faulty
@@ -206,6 +208,7 @@ def few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "READS", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_attempts")
 def test_a_write_whose_every_answer_is_lost_counts_if_it_landed(
     faulty: tuple[FaultyProxy, Store, Store],

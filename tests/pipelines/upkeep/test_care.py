@@ -272,6 +272,7 @@ def test_leftovers_of_crashes_go_and_nothing_else(place: Place) -> None:
     assert verify(store).faults == ()
 
 
+@pytest.mark.slow
 def test_an_output_at_work_is_left_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffray.pipelines.outputs import lock
 
