@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a build leaves its folders beside what it builds
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "out", "build", "tests", "__pycache__"))
     command = [
         sys.executable,
         "-m",
@@ -25,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-build-isolation",
         "-w",
         str(out),
-        str(ROOT),
+        str(source),
     ]
     subprocess.run(command, check=True, capture_output=True)
     return next(out.glob("*.whl"))
