@@ -275,8 +275,8 @@ class Engine:
         return self._queue.failure
 
     def step(self) -> bool:
-        """One tick: admit, denoise one bucket by one step, decode one image, run one errand. False when
-        nothing is left.
+        """One tick: admit, denoise one bucket by one step, decode finished images for about as long, run one errand.
+        False when nothing is left.
 
         Raises:
             GenerationError: the network failed, and with it every image that was submitted.
@@ -302,14 +302,14 @@ class Engine:
         self._ticks += 1
         self._drop_withdrawn()
         self._admit()
-        bucket = self._next_bucket()
+        bucket, seconds = self._next_bucket(), 0.0
         if bucket is not None:
             images, begun = len(bucket.slots), time.perf_counter()
             self._denoise(bucket)
+            seconds = time.perf_counter() - begun
             if self._observer is not None:
-                self._observer(images, time.perf_counter() - begun)
-        if self._finished:
-            self._decode(*self._finished.popleft())
+                self._observer(images, seconds)
+        self._decode_finished(seconds)
         self._run_errand()
 
     def _busy(self) -> bool:
@@ -469,6 +469,15 @@ class Engine:
     def _second(self, prepared: Prepared, latents: Tensor) -> Prepared:
         second = second_pass(self.model, prepared.request, latents)
         return prepare(self.model, second, prepared.generator)
+
+    def _decode_finished(self, seconds: float) -> None:
+        """One image, and more while that takes no longer than a step took: those that began together end together,
+        and with little left to do they should not wait for each other, nor those that run much for them."""
+        until = time.perf_counter() + seconds
+        while self._finished:
+            self._decode(*self._finished.popleft())
+            if time.perf_counter() >= until:
+                return
 
     def _decode(self, ticket: Ticket, prepared: Prepared, latents: Tensor) -> None:
         request, image, kept = ticket.request, None, None
