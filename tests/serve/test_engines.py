@@ -145,7 +145,9 @@ def test_previews_come_when_they_are_due() -> None:
             for _, data in shown:
                 assert Image.open(io.BytesIO(data)).format == "JPEG"
             # A thread that stays would keep an OpenMP team, which slows the engine down.
-            await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("diffray-preview")])
+            await until(
+                lambda: not [t for t in threading.enumerate() if t.name.startswith("diffray-preview")]
+            )
 
     run(test)
 
