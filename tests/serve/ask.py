@@ -53,6 +53,14 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((parts.hostname or "", parts.port or 80), timeout=30)
 
 
+def heard(wire: socket.socket, end: bytes = b"") -> bytes:
+    """What comes until it has `end` (empty: until the other side closes); an answer may come in pieces."""
+    answer = b""
+    while not (end and end in answer) and (piece := wire.recv(4096)):
+        answer += piece
+    return answer
+
+
 def post(url: str, body: object) -> socket.socket:
     """A request on a connection of its own, whose answer nobody reads yet."""
     data = json.dumps(body).encode()
