@@ -1,9 +1,7 @@
 """The engine: step-level continuous batching of image requests.
 
-Every tick takes the images of one bucket, runs the network once on all their branches, moves each image by
-one row of its own sampler table, lets finished images leave and waiting ones join. Images with any mix of
-samplers, step counts, guidance and tasks share a call; nobody waits for a stranger's steps. Size, text length
-and adapters make the bucket: its adapters are merged into the weights before its call (`adapters/merging.py`).
+Here is what its users and threads see: tickets go into the queue (`queue.py`) from any thread; one thread at a
+time moves the images in flight (`flight.py`) by one step.
 
 The network is always called with the same number of rows (short calls are padded), text is encoded and
 latents are decoded one image at a time: so an image's bytes do not depend on its batch mates, its slot or
@@ -12,9 +10,7 @@ when it joined.
 
 from __future__ import annotations
 
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from threading import Lock, RLock, Thread, current_thread
@@ -25,26 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .adapters.choices import AdapterChoice
 from .conditioning import encode_prompts
-from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError
-from .images import pasted, to_image
-from .latents import checked_latents, checked_size, decode, latents_of, ordinary, picture_of
+from .errors import CheckpointError, GenerationError
+from .flight import Flight, own_error
+from .latents import checked_latents, checked_size, latents_of, picture_of
 from .precision import exact_float32
-from .preparation import Prepared, checked, prepare, second_pass
+from .preparation import checked
 from .queue import Queue
 from .request import ImageRequest
 from .rows import Rows, default_batch_size, default_rows
-from .slots import Bucket, Slot, advance
 from .tickets import Result, Ticket
 
 if TYPE_CHECKING:
     from .weights.load import Model
 
 T = TypeVar("T")
-
-STARVATION = 8
-"""A bucket that was passed over this many ticks goes next, however full another is."""
 
 
 class Engine:
@@ -87,17 +78,10 @@ class Engine:
         self.batch_size = batch_size or default_batch_size(model)
         unet = torch.compile(model.unet, dynamic=False) if compile else model.unet
         self.network = Rows(unet, rows or default_rows(model, self.batch_size), shorten=not compile)
-        self._observer = observer
         self._queue = Queue()
-        # One thread at a time, under _stepping.
+        self._flight = Flight(model, self.network, self._queue, self.batch_size, observer)
         self._stepping = RLock()
-        self._ready: deque[tuple[Ticket, Prepared]] = deque()
-        """Second passes whose bucket is full."""
-        self._buckets: dict[Hashable, Bucket] = {}
-        self._finished: deque[tuple[Ticket, Prepared, Tensor]] = deque()
-        self._ticks = 0
-        self._switched = 0
-        """When the network was given other adapters."""
+        """Held by the one thread that works on the flight and on errands."""
         self._starting = Lock()
         self._thread: Thread | None = None
 
@@ -267,7 +251,7 @@ class Engine:
     @property
     def ticks(self) -> int:
         """Steps begun so far, of any image; stands still when the engine has nothing to do, or hangs."""
-        return self._ticks
+        return self._flight.ticks
 
     @property
     def failure(self) -> BaseException | None:
@@ -282,7 +266,8 @@ class Engine:
             GenerationError: the network failed, and with it every image that was submitted.
         """
         with self._guarded():
-            self._tick()
+            self._flight.tick()
+            self._run_errand()
             return self._busy()
 
     @contextmanager
@@ -297,24 +282,8 @@ class Engine:
                     raise
                 raise GenerationError(f"engine stopped: {type(error).__name__}: {error}") from error
 
-    @torch.inference_mode()
-    def _tick(self) -> None:
-        self._ticks += 1
-        self._drop_withdrawn()
-        self._admit()
-        bucket, seconds = self._next_bucket(), 0.0
-        if bucket is not None:
-            images, begun = len(bucket.slots), time.perf_counter()
-            self._denoise(bucket)
-            seconds = time.perf_counter() - begun
-            if self._observer is not None:
-                self._observer(images, seconds)
-        self._decode_finished(seconds)
-        self._run_errand()
-
     def _busy(self) -> bool:
-        images = self._queue.waiting or self._ready or self._buckets or self._finished
-        return bool(images or self._queue.errands)
+        return bool(self._flight or self._queue.waiting or self._queue.errands)
 
     def _run(self) -> None:
         while self._busy() or self._queue.wait():
@@ -323,18 +292,8 @@ class Engine:
 
     def _fail_all(self, error: BaseException) -> None:
         """The process may be poisoned (sticky CUDA error) or a step half done: nothing in flight can go on."""
-        self._ready.clear()
-        self._buckets.clear()
-        self._finished.clear()
+        self._flight.clear()
         self._queue.fail(error)
-
-    def _attempt(self, ticket: Ticket, what: str, work: Callable[[], T]) -> T | None:
-        """`work()`; None and a failed ticket if it raises for a reason that is this image's own."""
-        try:
-            return work()
-        except Exception as error:
-            self._queue.settle(ticket, _own(error, what, ticket.request))
-        return None
 
     def _run_errand(self) -> None:
         errand = self._queue.errand()
@@ -344,168 +303,4 @@ class Engine:
         try:
             future.set_result(work())
         except Exception as error:
-            future.set_exception(_own(error, "autoencoder"))
-
-    # ---- one tick -----------------------------------------------------------------------------------------
-
-    def _drop_withdrawn(self) -> None:
-        """Cancelled images leave, wherever they are."""
-        gone = self._queue.leavers()
-        if not gone:
-            return
-        self._ready = deque(entry for entry in self._ready if entry[0] not in gone)
-        self._finished = deque(entry for entry in self._finished if entry[0] not in gone)
-        for bucket in self._buckets.values():
-            for slot in [slot for slot in bucket.slots if slot.ticket in gone]:
-                bucket.remove(slot)
-        self._forget_empty()
-        for ticket in gone:
-            self._queue.settle(ticket, Cancelled(f"cancelled after {ticket.step} of {ticket.steps} steps"))
-
-    def _admit(self) -> None:
-        """Prepare waiting images that can be placed at once; who is prepared earlier would keep others out.
-
-        With nothing to denoise, what is finished is decoded first: otherwise images of few steps would start
-        one by one, as the one decoded in each tick makes room, and never share a call.
-        """
-        if not self._buckets and len(self._finished) > 1:
-            return
-        for _ in range(len(self._ready)):
-            self._place(*self._ready.popleft())
-        while self._has_room() and (ticket := self._queue.take(self._fits)):
-            ticket._lap("queue")
-            prepared = self._attempt(ticket, "prepare", lambda own=ticket: prepare(self.model, own.request))  # type: ignore[misc]
-            ticket._lap("prepare")
-            if prepared is not None:
-                self._place(ticket, prepared)
-
-    def _fits(self, key: Hashable) -> bool:
-        return key not in self._buckets or not self._buckets[key].full
-
-    def _has_room(self) -> bool:
-        """All images that hold memory on the device count, finished ones until they are decoded."""
-        running = sum(len(bucket.slots) for bucket in self._buckets.values())
-        return running + len(self._ready) + len(self._finished) < 2 * self.batch_size
-
-    def _place(self, ticket: Ticket, prepared: Prepared) -> None:
-        key = prepared.bucket
-        bucket = self._buckets.get(key)
-        if bucket is None:
-            bucket = self._buckets[key] = Bucket(prepared, self.batch_size)
-            bucket.served = self._ticks
-        if bucket.full:
-            self._ready.append((ticket, prepared))
-        else:
-            ticket._lap("queue")
-            bucket.add(ticket, prepared)
-
-    def _next_bucket(self) -> Bucket | None:
-        """The fullest bucket, unless some have starved: then the one that waits longest.
-
-        Among equally full ones, that whose adapters the network has already.
-        """
-        if not self._buckets:
-            return None
-        merged = self.model.adapters.in_unet_now
-
-        def urgency(bucket: Bucket) -> tuple[int, int, bool, int]:
-            waited, has_adapters = self._ticks - bucket.served, bucket.adapters == merged
-            return (waited if waited > STARVATION else 0, len(bucket.slots), has_adapters, waited)
-
-        bucket = max(self._in_turn(), key=urgency)
-        bucket.served = self._ticks
-        if bucket.adapters != merged:
-            self._switched = self._ticks
-        return bucket
-
-    def _in_turn(self) -> list[Bucket]:
-        """The buckets whose adapters the network has, while these keep their turn; else all.
-
-        They keep it for STARVATION ticks, for fewer if others have more images. Many sets of few images starve
-        all the time: they would take turns at every tick, and each turn costs a merge.
-        """
-        images: Counter[tuple[AdapterChoice, ...]] = Counter()
-        for bucket in self._buckets.values():
-            images[bucket.adapters] += len(bucket.slots)
-        merged = self.model.adapters.in_unet_now
-        if (self._ticks - self._switched) * max(images.values()) >= STARVATION * images[merged]:
-            return list(self._buckets.values())
-        return [bucket for bucket in self._buckets.values() if bucket.adapters == merged]
-
-    def _denoise(self, bucket: Bucket) -> None:
-        try:
-            with self.model.adapters.in_unet(bucket.adapters):
-                advance(bucket, self.network, self.model.config.noise.prediction_type)
-        except (torch.cuda.OutOfMemoryError, CheckpointError) as error:
-            for slot in list(bucket.slots):
-                bucket.remove(slot)
-                self._queue.settle(slot.ticket, _own(error, "denoise", slot.prepared.request))
-        for slot in list(bucket.slots):
-            slot.ticket._advance(slot.ticket._first_pass + slot.steps_done, slot.denoised)
-            if slot.done:
-                self._finish(slot, bucket.remove(slot))
-        self._forget_empty()
-
-    def _forget_empty(self) -> None:
-        self._buckets = {key: bucket for key, bucket in self._buckets.items() if bucket.slots}
-
-    # ---- finished images ----------------------------------------------------------------------------------
-
-    def _finish(self, slot: Slot, latents: Tensor) -> None:
-        ticket, prepared = slot.ticket, slot.prepared
-        finite = bool(latents.isfinite().all())  # waits for the device
-        ticket._lap("denoise")
-        if not finite:
-            self._queue.settle(ticket, GenerationError("denoised latents: got non-finite values"))
-        elif prepared.request.hires_scale is not None:
-            ticket._first_pass = prepared.table.steps
-            again = self._attempt(ticket, "second pass", lambda: self._second(prepared, latents))
-            ticket._lap("prepare")
-            if again is not None:
-                self._ready.append((ticket, again))
-        else:
-            self._finished.append((ticket, prepared, latents))
-
-    def _second(self, prepared: Prepared, latents: Tensor) -> Prepared:
-        second = second_pass(self.model, prepared.request, latents)
-        return prepare(self.model, second, prepared.generator)
-
-    def _decode_finished(self, seconds: float) -> None:
-        """One image, and more while that takes no longer than a step took: those that began together end together,
-        and with little left to do they should not wait for each other, nor those that run much for them."""
-        until = time.perf_counter() + seconds
-        while self._finished:
-            self._decode(*self._finished.popleft())
-            if time.perf_counter() >= until:
-                return
-
-    def _decode(self, ticket: Ticket, prepared: Prepared, latents: Tensor) -> None:
-        request, image, kept = ticket.request, None, None
-        if request.output == "image":
-            image = self._attempt(ticket, "decode", lambda: to_image(decode(self.model, latents)))
-            if image is None:
-                return
-            if request.paste_back and request.mask is not None and request.init_image is not None:
-                image = pasted(image, request.init_image, request.mask)
-        else:
-            kept = ordinary(latents)
-        ticket._lap("decode")
-        self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings), self.rows))
-
-
-def _own(error: Exception, what: str, request: ImageRequest | None = None) -> Exception:
-    """The error of one image alone that `error`, raised by its own work, stands for.
-
-    Raises:
-        Exception: `error` itself where the device is to blame.
-    """
-    if isinstance(error, DiffrayError):
-        return error
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        size = "" if request is None else f"{request.width}x{request.height} "
-        return GenerationError(f"{what}: {size}does not fit the device's memory: {error}")
-    if "CUDA" in str(error):
-        raise error
-    # A source image that cannot be decoded, say.
-    return GenerationError(f"{what}: {type(error).__name__}: {error}")
+            future.set_exception(own_error(error, "autoencoder"))

@@ -26,8 +26,8 @@ from diffray.model import (
     InvalidRequest,
     Result,
     Ticket,
+    flight,
 )
-from diffray.model import engine as engine_module
 from diffray.model.preparation import checked, prepare
 from tests.model import oracle
 from tests.model.oracle import NEGATIVE, SIDE, mask_image, source_image
@@ -544,7 +544,7 @@ def test_out_of_memory_at_one_row_fails_those_images_alone() -> None:
 
 @pytest.mark.parametrize("part", ["decode", "prepare"])
 def test_out_of_memory_elsewhere_fails_that_image_alone(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = getattr(engine_module, part)
+    real = getattr(flight, part)
 
     def scarce(model: Any, subject: Any, *rest: Any) -> Any:
         big = subject.shape[-1] > 4 if part == "decode" else subject.width > 32
@@ -552,7 +552,7 @@ def test_out_of_memory_elsewhere_fails_that_image_alone(part: str, monkeypatch: 
             raise torch.cuda.OutOfMemoryError("out of memory")
         return real(model, subject, *rest)
 
-    monkeypatch.setattr(engine_module, part, scarce)
+    monkeypatch.setattr(flight, part, scarce)
     engine = make()
     tickets = [engine.submit(ask(width=64, steps=1)), engine.submit(MIXED[0])]
     run(engine)
@@ -594,7 +594,7 @@ def test_generate_with_a_network_that_raises() -> None:
 
 def test_decoder_that_breaks_the_device_fails_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even the image that was in its hands."""
-    monkeypatch.setattr(engine_module, "decode", explode)
+    monkeypatch.setattr(flight, "decode", explode)
     engine = make()
     tickets = [engine.submit(ask(seed=seed, steps=1 + seed)) for seed in range(3)]
     with pytest.raises(GenerationError):
@@ -715,7 +715,7 @@ def test_small_buckets_do_not_starve() -> None:
     while not single.future.done():
         engine.step()
         ticks += 1
-    assert ticks <= 3 * (engine_module.STARVATION + 2) + 2
+    assert ticks <= 3 * (flight.STARVATION + 2) + 2
     assert all(ticket.step > 2 * single.steps for ticket in crowd)
     for ticket in crowd:
         ticket.cancel()
@@ -751,7 +751,7 @@ def test_a_full_bucket_does_not_keep_other_sizes_out() -> None:
     engine = make(batch_size=2)
     flood = [engine.submit(ask(seed=seed, steps=30), client="flood") for seed in range(12)]
     late = engine.submit(ask(width=2 * SIDE, steps=2), client="flood")
-    for _ in range(engine_module.STARVATION + 4):
+    for _ in range(flight.STARVATION + 4):
         engine.step()
     assert late.step >= 1
     assert sum(ticket.step > 0 for ticket in flood) == 2
@@ -764,7 +764,7 @@ def test_a_full_bucket_does_not_keep_other_sizes_out() -> None:
 def test_many_buckets_all_move() -> None:
     """More shapes than the starvation limit, one of them crowded."""
     engine = make(batch_size=8, rows=1)
-    sizes = [(8 * w, 8 * h) for w in (1, 2, 3, 4) for h in (1, 2, 3)][: engine_module.STARVATION + 3]
+    sizes = [(8 * w, 8 * h) for w in (1, 2, 3, 4) for h in (1, 2, 3)][: flight.STARVATION + 3]
     crowd = [(48, 48)] * 4
     tickets = [
         engine.submit(ask(width=w, height=h, steps=40, guidance_scale=1.0, seed=n))
@@ -783,13 +783,13 @@ def test_those_that_end_together_neither_wait_for_each_other_nor_hold_up_others(
     monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     """A tick decodes for as long as its step took: quick pictures all at once, slow ones one by one."""
-    real = getattr(engine_module, slow)
+    real = getattr(flight, slow)
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.2)
         return real(*arguments)
 
-    monkeypatch.setattr(engine_module, slow, slowly)
+    monkeypatch.setattr(flight, slow, slowly)
     engine = make()
     together = [engine.submit(ask(seed=seed, steps=2)) for seed in range(6)]
     long = engine.submit(ask(steps=10))
@@ -808,7 +808,7 @@ def test_images_of_one_step_do_not_pile_up_and_stay_together() -> None:
     tickets = [engine.submit(ask(seed=seed, steps=1, guidance_scale=1.0)) for seed in range(40)]
     most = 0
     while engine.step():
-        most = max(most, len(engine._finished))
+        most = max(most, len(engine._flight._finished))
     assert all(ticket.future.done() for ticket in tickets)
     assert most <= 2 * engine.batch_size
     assert engine.network.calls <= 12  # ten full batches

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffray.model import GenerationError, ImageRequest, InvalidRequest
-from diffray.model import engine as engine_module
+from diffray.model import GenerationError, ImageRequest, InvalidRequest, flight
 from diffray.serve import metrics, residents
 from diffray.serve.config import Guardrails, Limits, Memory, ModelEntry, ServeConfig
 from diffray.serve.engines import EngineHangs, Engines
@@ -69,7 +68,7 @@ def test_ready_only_after_a_picture_was_made(monkeypatch: pytest.MonkeyPatch) ->
     def spoiled(*_: object) -> None:
         raise GenerationError("decoded image: got non-finite values")
 
-    monkeypatch.setattr(engine_module, "to_image", spoiled)
+    monkeypatch.setattr(flight, "to_image", spoiled)
 
     async def never() -> None:
         async with engines() as backend:
@@ -110,13 +109,13 @@ def test_a_request_joins_what_runs_and_nobody_s_pixels_change() -> None:
 
 def test_deadline_in_the_queue_costs_no_engine_time(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[int] = []
-    original = engine_module.prepare
+    original = flight.prepare
 
     def counted(model: Any, request: ImageRequest, *more: Any) -> Any:
         prepared.append(request.seed)
         return original(model, request, *more)
 
-    monkeypatch.setattr(engine_module, "prepare", counted)
+    monkeypatch.setattr(flight, "prepare", counted)
 
     async def test() -> None:
         async with engines(models={"embedded": ModelEntry(batch_size=1)}) as backend:
@@ -153,7 +152,7 @@ def test_previews_come_when_they_are_due() -> None:
 
 
 def test_one_poisoned_image_costs_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = engine_module.prepare
+    original = flight.prepare
 
     def poisoned(model: Any, request: ImageRequest, *more: Any) -> Any:
         if request.seed == 13:
@@ -164,7 +163,7 @@ def test_one_poisoned_image_costs_nobody_else(monkeypatch: pytest.MonkeyPatch) -
         async with engines() as backend:
             await backend.start()
             clean = [(await finish(backend, work(seed=s, steps=3))).data for s in (1, 2)]
-            monkeypatch.setattr(engine_module, "prepare", poisoned)
+            monkeypatch.setattr(flight, "prepare", poisoned)
             outcomes = await asyncio.gather(
                 *(finish(backend, work(seed=s, steps=3)) for s in (1, 13, 2)), return_exceptions=True
             )
@@ -182,7 +181,7 @@ def test_a_broken_engine_is_told_apart_and_fails_the_health_check(monkeypatch: p
     async def test() -> None:
         async with engines() as backend:
             await backend.start()
-            monkeypatch.setattr(engine_module, "advance", broken)
+            monkeypatch.setattr(flight, "advance", broken)
             for code in ("engine_broken", "engine_down"):
                 with pytest.raises(Refusal) as refused:
                     await finish(backend, work())
