@@ -52,7 +52,7 @@ class Silent:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class _Moment:
     """Sums over all engines of a run at one moment."""
 
     time: float
@@ -78,7 +78,7 @@ class Standing:
         self.total, self.committed, self.rejected = total, done, rejected
         self.ended = done
         self.pulse: Pulse | None = None
-        self._samples = deque([Sample(time.monotonic(), done)])
+        self._samples = deque([_Moment(time.monotonic(), done)])
 
     def advance(self, images: int, rejected: int) -> None:
         """A shard was committed."""
@@ -139,7 +139,7 @@ class Standing:
         open_shards = {shard: ended for reading in live for shard, ended in reading.uncommitted.items()}
         self.ended = min(self.total, self.committed + sum(map(sum, open_shards.values())))
         self._samples.append(
-            Sample(
+            _Moment(
                 now,
                 self.ended,
                 sum(r.busy for r in readings),

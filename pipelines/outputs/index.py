@@ -44,7 +44,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class Survey:
+class Index:
     """What all indices of a job say together; images are numbered in dataset order.
 
     Attributes:
@@ -83,9 +83,9 @@ def thumbnail(image: Image.Image) -> bytes:
     return sink.getvalue()
 
 
-def survey(store: Store, shards: Sequence[int], sample: Sample) -> Survey:
+def read_index(store: Store, shards: Sequence[int], sample: Sample) -> Index:
     """Read the indices of the shards that have images, in order."""
-    found = Survey()
+    found = Index()
     scores: dict[str, list[NDArray[np.float64]]] = {}
     hashes: list[NDArray[np.uint64]] = []
     for table in _tables(store, shards):

@@ -1,17 +1,15 @@
 """A job whose input grew: the new rows become further shards, after proof that the old rows are what they were.
 
 The proof compares what was planned with what would be planned now, image by image and by id, so neither the
-order of rows nor the names of files matter. It keeps sixteen bytes per planned image in memory.
+order of rows nor the names of files matter.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-
-import numpy as np
+from itertools import islice
 
 from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
@@ -21,6 +19,7 @@ from ..inputs.source import Source
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from ..report import SUCCESS
+from .hashes import ImageHashes
 from .plan import Plan, folders, planned, read_shard, record_plan, write_shards
 from .rows import PlannedImage
 
@@ -87,40 +86,33 @@ def _stored(images: Iterator[PlannedImage], user: object) -> Iterator[PlannedIma
 
 
 class _Known:
-    """The images of a plan, as hashes of their ids and contents."""
+    """The images of a plan."""
 
     def __init__(self, store: Store, plan: Plan) -> None:
         self._store, self._plan = store, plan
-        ids, contents = array("Q"), array("Q")
-        for image in self._images():
-            ids.append(_hash(image.id))
-            contents.append(_content(image))
-        # Rejected rows that ran again stand there twice, with the same content.
-        self._ids, first = np.unique(np.frombuffer(ids, np.uint64), return_index=True)
-        self._contents = np.frombuffer(contents, np.uint64)[first]
-        self._seen = np.zeros(len(self._ids), bool)
+        self._hashes = ImageHashes((_hash(image.id), _content(image)) for image in self._images())
 
     def unseen(self, images: Iterator[PlannedImage]) -> Iterator[PlannedImage]:
         """Those that are not planned yet; an image that is must be the same as then."""
         for image in images:
-            own = np.uint64(_hash(image.id))
-            at = int(np.searchsorted(self._ids, own))
-            if at == len(self._ids) or self._ids[at] != own:
+            own = _hash(image.id)
+            content = self._hashes.content(own)
+            if content is None:
                 yield image
-            elif self._contents[at] == np.uint64(_content(image)):
-                self._seen[at] = True
+            elif content == _content(image):
+                self._hashes.meet(own)
             else:
                 raise JobConflict(self._changed(image))
 
     def check_all_seen(self) -> None:
         """Refuse an input that lacks a planned image."""
-        gone = int((~self._seen).sum())
+        gone, missing = self._hashes.missing()
         if not gone:
             return
-        missing = set(self._ids[~self._seen][:3].tolist())
-        shown = [image.id for image in self._images() if _hash(image.id) in missing]
+        lost = (image.id for image in self._images() if _hash(image.id) in missing)
+        shown = ", ".join(dict.fromkeys(islice(lost, 3)))
         raise JobConflict(
-            f"{self._store.url}: the input lacks {gone} images that were planned, e.g. {', '.join(shown)}; "
+            f"{self._store.url}: the input lacks {gone} images that were planned, e.g. {shown}; "
             f"choose a new output, or bring the rows back"
         )
 

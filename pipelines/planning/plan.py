@@ -1,8 +1,7 @@
 """The plan: every image of the job, in numbered shards that never change once written.
 
-Two passes over the input. The survey proves that ids are unique and finds the types of the user's columns;
-it keeps eight bytes per row. The second pass writes shard after shard. A numbered record comes last and makes
-the plan final; until then a crashed plan is simply written again, with the same bytes.
+Two passes over the input: the survey (`survey.py`), then one that writes shard after shard. A numbered record
+comes last and makes the plan final; until then a crashed plan is simply written again, with the same bytes.
 
 A plan only ever gets more shards: for new rows of an input that grew (`growth.py`), or to run rejected rows
 again (`upkeep.py`). Each time a record with the next number says what the plan is from then on.
@@ -11,30 +10,23 @@ again (`upkeep.py`). Each time a record with the next number says what the plan 
 from __future__ import annotations
 
 import json
-from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
 from ..config import InvalidJob, JobConfig, ShardLimits
-from ..inputs.carried import UserColumns
-from ..inputs.columns import COUNT_COLUMNS, Reading, content_hash, text_hash
 from ..inputs.source import Source
-from ..outputs.schemas import SOURCE_COLUMN
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from .rows import PlannedImage, RowRules
-
-Hashes = NDArray[np.uint64]
+from .survey import Survey
 
 PLANS = "_diffray/plans"
 WRITERS = 8
@@ -185,131 +177,3 @@ def cut(images: Iterator[PlannedImage], limits: ShardLimits) -> Iterator[list[Pl
         members.append(image)
         work[image.model] = total + image.work
     yield from (members for members in lots.values() if members)
-
-
-class Survey:
-    """What the first pass over the input learned.
-
-    Attributes:
-        rows: how many rows there are, unreadable ones included.
-        user: the columns that the job carries beside the request's own, with their types.
-
-    Raises:
-        InvalidJob: no `prompt` column, two columns that mean the same, or duplicate ids.
-    """
-
-    def __init__(self, source: Source, rules: RowRules) -> None:
-        self._source, self._rules = source, rules
-        self.rows = 0
-        columns: dict[str, None] = {}
-        user = UserColumns(source.schema(), source.features)
-        rules.classes = {
-            name: feature["names"]
-            for name, feature in source.features.items()
-            if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
-        }
-        for variant in rules.variants:
-            user.observe({name: variant.values[name] for name in rules.variables})
-        given, derived, placed = array("Q"), array("Q"), 0
-        for row in source.rows():
-            self.rows += 1
-            columns.update(dict.fromkeys(row.values))
-            reading = rules.columns.read(row)
-            user.observe(self._carried(reading))
-            if row.problem is None:
-                key = reading.key
-                placed += reading.place is not None
-                (derived if key is None else given).append(
-                    content_hash(row) if key is None else text_hash(key)
-                )
-        self._check_columns(columns, placed=placed > 0)
-        if 0 < placed < len(given) + len(derived):
-            raise InvalidJob(
-                f"{placed} rows name their image by row_id and index, the others do not: use one way"
-            )
-        keys, contents = _sorted(given), _sorted(derived)
-        self._check_unique(keys, contents)
-        self._repeated = _repeated(contents)
-        user.finish(self._own_schema(columns))
-        self.user = user
-
-    def images(self) -> Iterator[PlannedImage]:
-        """The second pass: every image of the job, in input order."""
-        seen: dict[int, int] = {}
-        for row in self._source.rows():
-            reading = self._rules.columns.read(row)
-            row_id = reading.id
-            if row_id is None:
-                content = content_hash(row)
-                row_id = f"{content:016x}"
-                if content in self._repeated:
-                    seen[content] = occurrence = seen.get(content, 0) + 1
-                    row_id += f".{occurrence}" if occurrence > 1 else ""
-            yield from self._rules.images(reading, row_id, self.user.pick(self._carried(reading)))
-
-    def _carried(self, reading: Reading) -> dict[str, Any]:
-        """The user's own columns; a swept variable takes the place of a column of its name."""
-        if not self._rules.variables or reading.place:
-            return reading.unknown
-        return {n: v for n, v in reading.unknown.items() if n not in self._rules.variables}
-
-    def _own_schema(self, columns: Mapping[str, None]) -> pa.Schema:
-        """The task's own fields, and references to the sources that rows have or templates make."""
-        rules = self._rules
-        sources = [
-            name
-            for name in rules.columns.sources
-            if name in rules.templates
-            or SOURCE_COLUMN.get(name, name) in columns
-            or any(column in columns for column in rules.columns.looked_for(name))
-        ]
-        fields = [(SOURCE_COLUMN.get(name, name), pa.string()) for name in sources]
-        return pa.schema([*fields, *rules.kind.fields.items()])
-
-    def _check_columns(self, columns: Mapping[str, None], *, placed: bool) -> None:
-        rules, has = self._rules, ", ".join(columns) or "no readable row"
-        if not self.rows:
-            return
-        made = {*rules.defaults, *rules.templates, *(name for v in rules.variants for name in v.values)}
-        for name in ("prompt", *rules.kind.needs):
-            looked = rules.columns.looked_for(name)
-            if placed:  # diffray wrote them under its own names
-                looked = (*looked, SOURCE_COLUMN.get(name, name))
-            if name not in made and not any(column in columns for column in looked):
-                names = looked[:1] if name == "prompt" else looked[:3]
-                raise InvalidJob(f"the input has no column {' or '.join(map(repr, names))}; it has {has}")
-        for template in rules.templates.values():
-            known = {*columns, *rules.columns.fields, *made, *rules.variables}
-            if odd := sorted(template.names - known):
-                where = f"templates.{template.field}"
-                raise InvalidJob(f"{where}: the input has no column {odd[0]!r}; it has {has}")
-        if all(name in columns for name in COUNT_COLUMNS):
-            raise InvalidJob(f"the input has both columns {' and '.join(COUNT_COLUMNS)}; they mean the same")
-
-    def _check_unique(self, keys: Hashes, contents: Hashes) -> None:
-        taken = {text_hash(f"{content:016x}") for content in contents.tolist()} if len(keys) else set()
-        suspects = _repeated(keys) | (taken & set(keys.tolist()) if taken else set())
-        if not suspects:
-            return
-        places: dict[str, list[str]] = {}
-        for row in self._source.rows():
-            key = self._rules.columns.read(row).key if row.problem is None else None
-            key = f"{content_hash(row):016x}" if key is None and row.problem is None else key
-            if key is not None and text_hash(key) in suspects:
-                places.setdefault(key, []).append(f"{row.file}:{row.line}")
-        double = {key: where for key, where in places.items() if len(where) > 1}
-        if double:
-            shown = "; ".join(f"{key!r} at {', '.join(where[:5])}" for key, where in list(double.items())[:5])
-            raise InvalidJob(f"duplicate ids, each would overwrite the other ({len(double)} in all): {shown}")
-
-
-def _sorted(hashes: array[int]) -> Hashes:
-    """Sorted where they lie: a copy would be as large as all that the survey keeps."""
-    values = np.frombuffer(hashes, dtype=np.uint64)
-    values.sort()
-    return values
-
-
-def _repeated(values: Hashes) -> set[int]:
-    """Those that stand more than once among sorted values."""
-    return set(values[1:][values[1:] == values[:-1]].tolist())

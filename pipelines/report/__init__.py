@@ -16,7 +16,7 @@ import json
 from ..config import JobConfig
 from ..making.models import shown_name
 from ..outputs.commit import archive_retried, proven_totals, read_commits
-from ..outputs.index import Survey, survey
+from ..outputs.index import Index, read_index
 from ..outputs.sample import Sample
 from ..outputs.store import SCRATCH, Store
 from ..planning.plan import Plan
@@ -37,7 +37,7 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
         archive_retried(store, plan, read_commits(store, range(plan.retried)))
     totals, commits = proven_totals(store, plan)
     shards = [commit.shard for commit in commits if commit.images]
-    found = survey(store, shards, Sample.of(config, plan.images))
+    found = read_index(store, shards, Sample.of(config, plan.images))
     alike = None
     if config.checks.near_duplicates is not None:
         alike = duplicates.write_duplicates(store, shards, found, config.checks.near_duplicates)
@@ -69,7 +69,7 @@ def _write_pages(
     store: Store,
     config: JobConfig,
     totals: dict[str, int],
-    found: Survey,
+    found: Index,
     refused: list[account.Refusals],
     alike: int | None,
 ) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ..config import JobConfig
 from ..outputs.commit import Commit, current_path
-from ..outputs.index import Survey
+from ..outputs.index import Index
 from ..outputs.store import Store
 from ..planning.plan import Plan
 from .charts import bars, number
@@ -119,7 +119,7 @@ def account(
     config: JobConfig,
     totals: Mapping[str, int],
     refused: Sequence[Refusals],
-    survey: Survey,
+    index: Index,
     duplicates: int | None,
     size: int,
     times: Times,
@@ -135,7 +135,7 @@ def account(
         **totals,
         "bytes": size,
         "rejected_by": [asdict(one) for one in refused],
-        "scores": {name: _spread(values) for name, values in survey.scores.items()},
+        "scores": {name: _spread(values) for name, values in index.scores.items()},
         "near_duplicates": duplicates,
         "seconds": round(seconds, 3),
         "images_per_second": round(images / seconds, 4) if seconds else None,

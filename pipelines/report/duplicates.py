@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..outputs.index import Survey, ids
+from ..outputs.index import Index, ids
 from ..outputs.store import Store
 
 BITS = 64
@@ -62,17 +62,17 @@ def near_duplicates(hashes: NDArray[np.uint64], distance: int) -> Duplicates:
     return Duplicates(found, kept[found], apart.astype(np.int64))
 
 
-def write_duplicates(store: Store, shards: list[int], survey: Survey, distance: int) -> int:
+def write_duplicates(store: Store, shards: list[int], index: Index, distance: int) -> int:
     """Write `duplicates.parquet` (id, duplicate_of, distance), in dataset order; returns the number of rows."""
-    found = near_duplicates(survey.hashes, distance)
+    found = near_duplicates(index.hashes, distance)
     wanted = np.unique(np.concatenate([found.images, found.originals])).tolist()
     names: dict[int, str] = {}
     loaded, known = -1, list[str]()
     for number in wanted:
-        place = bisect_right(survey.starts, number) - 1
+        place = bisect_right(index.starts, number) - 1
         if place != loaded:
             loaded, known = place, ids(store, shards[place])
-        names[number] = known[number - survey.starts[place]]
+        names[number] = known[number - index.starts[place]]
     table = pa.table(
         {
             "id": pa.array([names[n] for n in found.images.tolist()], pa.string()),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..outputs.index import Survey
+from ..outputs.index import Index
 from .account import Refusals
 from .charts import histogram
 
@@ -27,7 +27,7 @@ MAX_TEXT = 2000
 
 
 def gallery(
-    survey: Survey,
+    index: Index,
     totals: Mapping[str, int],
     refused: Sequence[Refusals],
     duplicates: int | None,
@@ -41,9 +41,9 @@ def gallery(
     )
     tiles = [("images", totals["images"]), ("rejected", totals["rejected"])]
     tiles += [("near duplicates", duplicates)] if duplicates is not None else []
-    tiles += [(name, int(np.nansum(values))) for name, values in survey.scores.items() if _is_flag(values)]
+    tiles += [(name, int(np.nansum(values))) for name, values in index.scores.items() if _is_flag(values)]
     data = {
-        "summary": f"{len(survey.shown):,} of {totals['images']:,}, made by diffray with {', '.join(models)}",
+        "summary": f"{len(index.shown):,} of {totals['images']:,}, made by diffray with {', '.join(models)}",
         "tiles": [(name, f"{value:,}") for name, value in tiles],
         "refused": [(r.stage, r.field or "", f"{r.rows:,}", _cut(r.example)) for r in refused[:50]],
         "images": [
@@ -52,13 +52,13 @@ def gallery(
                 "picture": base64.b64encode(one.thumbnail).decode(),
                 "facts": {name: _cut(value) for name, value in one.facts.items()},
             }
-            for one in survey.shown
+            for one in index.shown
         ],
     }
     filled = {
         "policy": policy,
         "style": style,
-        "charts": _charts(survey) + _refused(refused),
+        "charts": _charts(index) + _refused(refused),
         "data": _inert(data),
         "script": script,
     }
@@ -66,8 +66,8 @@ def gallery(
     return page.encode("utf-8", "replace")
 
 
-def _charts(survey: Survey) -> str:
-    charts = "".join(histogram(n, values) for n, values in survey.scores.items() if not _is_flag(values))
+def _charts(index: Index) -> str:
+    charts = "".join(histogram(n, values) for n, values in index.scores.items() if not _is_flag(values))
     if not charts:
         return ""
     return (

@@ -12,7 +12,7 @@ import pytest
 
 from diffray.pipelines import JobConfig
 from diffray.pipelines.outputs.commit import Commit, Origin
-from diffray.pipelines.outputs.index import Survey
+from diffray.pipelines.outputs.index import Index
 from diffray.pipelines.report.account import Times, account, throughput
 
 from ..conftest import Place
@@ -42,9 +42,9 @@ COMMITS = [
 def reported(price: float | None, images: int = 70, values: Any = None) -> dict[str, Any]:
     config = JobConfig.checked({"input": "a", "output": "b", "workers": {"price_per_hour": price}})
     totals = {"planned": 80, "images": images, "rejected": 10, "shards": 4}
-    survey = Survey(scores={} if values is None else {"score": np.asarray(values, dtype=np.float64)})
+    index = Index(scores={} if values is None else {"score": np.asarray(values, dtype=np.float64)})
     result: dict[str, Any] = json.loads(
-        account(config, totals, [], survey, None, 12345, Times.of(COMMITS if images else []))
+        account(config, totals, [], index, None, 12345, Times.of(COMMITS if images else []))
     )
     return result
 
