@@ -9,7 +9,7 @@ import pytest
 from diffray.model.errors import CheckpointError
 from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making.actors import generate_on_ray
-from diffray.pipelines.making.models import OpenModel
+from diffray.pipelines.making.models import Models, OpenModel
 
 from .conftest import Place
 from .fake import FakeModels
@@ -37,6 +37,24 @@ def test_a_row_that_kills_its_worker_is_rejected(place: Place) -> None:
     [row] = place.rows(folder="rejected")
     assert (row["prompt"], row["attempts"], row["reason"]) == ("KILL", 2, "crashed its worker 2 times")
     assert [r["sha256"] for r in place.rows()] == [r["sha256"] for r in place.rows("good")]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_engines_that_share_the_processors_go_on_with_as_many_threads(place: Place) -> None:
+    """Two engines would have a thread each, and other last bits than the one that began."""
+    rows = [f"a red circle number {n},{n}" for n in range(24)]
+
+    def made(count: int, output: str, actors: int) -> dict[str, str]:
+        table = place.write("\n".join(["prompt,seed", *rows[:count]]), f"{output}.csv")
+        workers, shards = {"actors": actors}, {"images": 4}
+        config = place.config(table, output, model={}, defaults={"steps": 4}, workers=workers, shards=shards)
+        place.run(config, generate=generate_on_ray, models=Models())
+        return {row["id"]: row["sha256"] for row in place.rows(output)}
+
+    whole = made(24, "whole", 1)
+    made(4, "grown", 1)
+    assert made(24, "grown", 2) == whole
 
 
 class Unloadable(FakeModels):
