@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,8 @@ from ..outputs.schemas import OWN_COLUMNS
 from .blobs import Reference
 
 FEATURE = b"huggingface"
+EXACT = 1 << 53
+"""Integers up to here are what they are as float64."""
 
 
 class UserColumns:
@@ -28,6 +30,8 @@ class UserColumns:
         self._types: dict[str, pa.DataType | None] = {}
         self._pending: dict[str, list[Any]] = {}
         self._names: dict[str, str] = {}
+        self._wide: set[str] = set()
+        """Where an integer stood that float64 does not hold exactly."""
         self.schema = pa.schema([])
 
     def observe(self, values: Mapping[str, Any]) -> None:
@@ -78,10 +82,37 @@ class UserColumns:
         try:
             schemas = [pa.schema([(name, kind)]), pa.schema([(name, pa.array(values).type)])]
             merged = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
-            self._types[name] = None if "struct<>" in str(merged) else merged
+            for value in values:
+                self._wide.update(_wide(value, name))
+            odd = "struct<>" in str(merged) or not self._wide.isdisjoint(_floats(merged, name))
+            self._types[name] = None if odd else merged
         except (pa.ArrowException, OverflowError):
             self._types[name] = None
 
 
 def _json(value: Any) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _wide(value: Any, path: str) -> Iterator[str]:
+    """The places below `path` where a value has an integer above `EXACT`."""
+    if type(value) is int:
+        if abs(value) > EXACT:
+            yield path
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _wide(part, f"{path}.{name}")
+    elif isinstance(value, list):
+        for part in value:
+            yield from _wide(part, f"{path}[]")
+
+
+def _floats(kind: pa.DataType, path: str) -> Iterator[str]:
+    """The places below `path` where a type has floating-point numbers."""
+    if pa.types.is_floating(kind):
+        yield path
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _floats(field.type, f"{path}.{field.name}")
+    elif pa.types.is_list(kind):
+        yield from _floats(kind.value_type, f"{path}[]")

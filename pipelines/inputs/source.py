@@ -1,7 +1,7 @@
 """The input of a job as a stream of rows, in file order, with the place where each row stands.
 
 Read by this file rather than by Ray Data: ids, seeds and shards depend on row order and on line numbers,
-and one bad line must cost one row. Memory stays constant whatever the table's size.
+and one bad line must cost one row. Memory stays constant whatever a table's size; only the list of files is kept.
 
     .csv .tsv          a header line, then one record per row; an empty cell says nothing
     .jsonl .ndjson     one JSON object per line

@@ -7,8 +7,11 @@ its page cache: a table of any length costs the driver the same.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from diffray.model.errors import StorageError
 
 CACHE_KIB = 16 * 1024
 BATCH = 10_000
@@ -19,7 +22,11 @@ _OFFSET = 1 << 63
 
 
 class _Database:
-    """A private database with the given tables; rows of a table are written in batches."""
+    """A private database with the given tables; rows of a table are written in batches.
+
+    Raises:
+        StorageError: from any call, where the disk with the temporary files is full, say.
+    """
 
     def __init__(self, *tables: str) -> None:
         # "": a temporary file. One transaction that never ends, and nothing to roll back to.
@@ -31,12 +38,16 @@ class _Database:
             *(f"CREATE TABLE {table}" for table in tables),
             "BEGIN",
         ):
-            self._connection.execute(statement)
+            self._run(statement)
         self._pending: dict[str, list[tuple[int, ...]]] = {}
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # it could not be opened
+        with suppress(AttributeError, sqlite3.Error):  # it could not be opened, or another thread collects it
             self._connection.close()
+
+    def _run(self, statement: str, values: Sequence[int] = ()) -> list[Any]:
+        with _readable():
+            return self._connection.execute(statement, values).fetchall()
 
     def _add(self, table: str, *values: int) -> None:
         waiting = self._pending.setdefault(table, [])
@@ -48,16 +59,29 @@ class _Database:
         for table, rows in self._pending.items():
             if rows:
                 marks = ", ".join("?" * len(rows[0]))
-                self._connection.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+                with _readable():
+                    self._connection.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
         self._pending.clear()
 
     def _count(self, query: str) -> int:
         self._flush()
-        return int(self._connection.execute(f"SELECT count(*) FROM ({query})").fetchone()[0])
+        return int(self._run(f"SELECT count(*) FROM ({query})")[0][0])
 
-    def _hashes(self, query: str) -> set[int]:
+    def _found(self, query: str) -> tuple[int, set[int]]:
+        """How many hashes a query finds, and the first of them."""
         self._flush()
-        return {row[0] + _OFFSET for row in self._connection.execute(f"{query} LIMIT {SHOWN}")}
+        first = {row[0] + _OFFSET for row in self._run(f"{query} LIMIT {SHOWN}")}
+        return (len(first) if len(first) < SHOWN else self._count(query)), first
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(
+            f"the plan's temporary database: {error}; it lies where SQLITE_TMPDIR or TMPDIR says"
+        ) from error
 
 
 class RowHashes(_Database):
@@ -93,26 +117,24 @@ class RowHashes(_Database):
     def suspects(self) -> tuple[int, set[int]]:
         """How many hashes of ids more than one row has that may not share it, and the first of them."""
         query = self._REPEATED.format("given")
-        if self._count("SELECT hash FROM given LIMIT 1"):
+        if all(self._count(f"SELECT hash FROM {table} LIMIT 1") for table in ("given", "derived")):
             query += " UNION SELECT id_hash(hash) FROM derived INTERSECT SELECT hash FROM given"
-        return self._count(query), self._hashes(query)
+        return self._found(query)
 
     def count_again(self) -> None:
         """Before `occurrence` is asked for every row with a derived id in turn."""
         self._flush()
-        self._connection.execute("DELETE FROM repeated")
-        self._connection.execute(
-            f"INSERT INTO repeated SELECT hash, 0 FROM ({self._REPEATED.format('derived')})"
-        )
+        self._run("DELETE FROM repeated")
+        self._run(f"INSERT INTO repeated SELECT hash, 0 FROM ({self._REPEATED.format('derived')})")
 
     def occurrence(self, content: int) -> int:
         """How often this content was asked for since `count_again`, this time included; 1 if no other row has it."""
         key = (content - _OFFSET,)
-        row = self._connection.execute("SELECT times FROM repeated WHERE hash = ?", key).fetchone()
-        if row is None:
+        times = self._run("SELECT times FROM repeated WHERE hash = ?", key)
+        if not times:
             return 1
-        self._connection.execute("UPDATE repeated SET times = times + 1 WHERE hash = ?", key)
-        return int(row[0]) + 1
+        self._run("UPDATE repeated SET times = times + 1 WHERE hash = ?", key)
+        return int(times[0][0]) + 1
 
 
 class ImageHashes(_Database):
@@ -131,14 +153,13 @@ class ImageHashes(_Database):
             self._add("listed", id_hash, content)
         self._flush()
         # In their order: a tree that grows at random places is read and written over and over.
-        self._connection.execute("INSERT OR IGNORE INTO planned SELECT id, content FROM listed ORDER BY id")
-        self._connection.execute("DROP TABLE listed")
+        self._run("INSERT OR IGNORE INTO planned SELECT id, content FROM listed ORDER BY id")
+        self._run("DROP TABLE listed")
 
     def content(self, id_hash: int) -> int | None:
         """The content of a planned image; None if none has this id."""
-        query = "SELECT content FROM planned WHERE id = ?"
-        row = self._connection.execute(query, (id_hash - _OFFSET,)).fetchone()
-        return None if row is None else int(row[0]) + _OFFSET
+        found = self._run("SELECT content FROM planned WHERE id = ?", (id_hash - _OFFSET,))
+        return int(found[0][0]) + _OFFSET if found else None
 
     def meet(self, id_hash: int) -> None:
         """A planned image is still there."""
@@ -147,4 +168,4 @@ class ImageHashes(_Database):
     def missing(self) -> tuple[int, set[int]]:
         """How many planned images were not met, and the first of their ids' hashes."""
         query = "SELECT id FROM planned EXCEPT SELECT id FROM met"
-        return self._count(query), self._hashes(query)
+        return self._found(query)

@@ -15,6 +15,9 @@ from ..outputs.schemas import SOURCE_COLUMN
 from .hashes import RowHashes
 from .rows import PlannedImage, RowRules
 
+SHOWN = 5
+"""Duplicate ids that a message names, and places of each."""
+
 
 class Survey:
     """What the first pass over the input learned.
@@ -120,11 +123,11 @@ class Survey:
             if row.problem is None:
                 key = self._rules.columns.read(row).key
                 key = _derived_id(content_hash(row)) if key is None else key
-                if text_hash(key) in suspects:
-                    places.setdefault(key, []).append(f"{row.file}:{row.line}")
+                if text_hash(key) in suspects and len(where := places.setdefault(key, [])) < SHOWN:
+                    where.append(f"{row.file}:{row.line}")
         double = {key: where for key, where in places.items() if len(where) > 1}
         if double:
-            shown = "; ".join(f"{key!r} at {', '.join(where[:5])}" for key, where in list(double.items())[:5])
+            shown = "; ".join(f"{key!r} at {', '.join(where)}" for key, where in list(double.items())[:SHOWN])
             raise InvalidJob(f"duplicate ids, each would overwrite the other ({count} in all): {shown}")
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from diffray.model.errors import StorageError
 from diffray.pipelines import InvalidJob
 from diffray.pipelines.planning import hashes
 from diffray.pipelines.planning.hashes import ImageHashes, RowHashes
@@ -68,6 +69,15 @@ def test_images_that_are_missing() -> None:
         assert images.missing() == (len(planned) - len(met), set(planned) - met)
         assert all(images.content(value) == content for value, content in planned.items())
         assert images.content(12345678901) is None
+
+
+def test_a_full_disk_says_what_lies_where() -> None:
+    rows = RowHashes(lambda content: content)
+    rows._connection.execute("PRAGMA max_page_count = 8")  # SQLite's own way to run out of space
+    for value in range(3000):
+        rows._pending.setdefault("given", []).append((value,))
+    with pytest.raises(StorageError, match=r"temporary database: database or disk is full; .* TMPDIR"):
+        rows.suspects()
 
 
 def test_a_given_id_that_is_another_row_s_derived_one(place: Place) -> None:
