@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .adapters.choices import AdapterChoice
@@ -230,15 +231,19 @@ class Flight:
     def _decode(self, ticket: Ticket, prepared: Prepared, latents: Tensor) -> None:
         request, image, kept = ticket.request, None, None
         if request.output == "image":
-            image = self._attempt(ticket, "decode", lambda: to_image(decode(self._model, latents)))
+            image = self._attempt(ticket, "decode", lambda: self._picture(request, latents))
             if image is None:
                 return
-            if request.paste_back and request.mask is not None and request.init_image is not None:
-                image = pasted(image, request.init_image, request.mask)
         else:
             kept = ordinary(latents)
         ticket._lap("decode")
         self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings), self._network.size))
+
+    def _picture(self, request: ImageRequest, latents: Tensor) -> Image.Image:
+        image = to_image(decode(self._model, latents))
+        if request.paste_back and request.mask is not None and request.init_image is not None:
+            return pasted(image, request.init_image, request.mask)
+        return image
 
     def _attempt(self, ticket: Ticket, what: str, work: Callable[[], T]) -> T | None:
         """`work()`; None and a failed ticket if it raises for a reason that is this image's own."""

@@ -138,7 +138,7 @@ def test_what_waits_when_the_engine_breaks(monkeypatch: pytest.MonkeyPatch) -> N
         go.wait(WAIT)
         raise RuntimeError("CUDA error: device-side assert")
 
-    monkeypatch.setattr("diffray.model.engine.advance", broken)
+    monkeypatch.setattr("diffray.model.flight.advance", broken)
     engine.submit(ImageRequest(steps=3, width=32, height=32))
     engine.start()
     reached.wait(WAIT)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import prometheus_client
 from PIL import Image
 
-from diffray.model import ImageRequest, engine
+from diffray.model import ImageRequest, flight
 
 FOLDER = "DIFFRAY_TEST_WITNESS"
 """Variable that names a folder for what was seen."""
@@ -32,7 +32,7 @@ def attend(image: Image.Image, request: ImageRequest) -> None:
     with (Path(os.environ[FOLDER]) / f"{os.getpid()}.jsonl").open("a") as file:
         file.write(line + "\n")
     if request.prompt in ("break", "hang"):
-        engine.advance = _broken if request.prompt == "break" else _hanging
+        flight.advance = _broken if request.prompt == "break" else _hanging
 
 
 def _broken(*_: object) -> NoReturn:
