@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from diffray.model import DiffrayError
+from diffray.model.allocator import keep_freed_memory
 
 from . import metrics
 from .config import ServeConfig
@@ -41,6 +42,7 @@ class Replica:
     async def __init__(self, values: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self.config = ServeConfig.checked(values)
         self.version = version(self.config)
+        keep_freed_memory()
         self.engines = Engines(self.config)
         await self.engines.start()
         await self.hold(self.config.default_model)

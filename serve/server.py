@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from diffray.model.allocator import keep_freed_memory
+
 from .app import create_app
 from .config import ServeConfig
 from .engines import Engines
@@ -79,6 +81,7 @@ def run(config: ServeConfig, said: Callable[[str], None] = print) -> None:
         OSError: the address is taken.
     """
     _many_files()
+    keep_freed_memory()
     asyncio.run(_serve(config, said))
 
 

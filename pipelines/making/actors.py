@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
+from diffray.model.allocator import keep_freed_memory
 from diffray.model.errors import DiffrayError, JobError
 
 from ..arrival import ARRIVED
@@ -68,6 +69,7 @@ class ShardActor:
                 import torch
 
                 torch.set_num_threads(threads)
+                keep_freed_memory()
             texts = Texts(encoders, task.config.workers.start_timeout) if encoders else None
             self._worker = Worker(task, store, models, ImageMeter(shown_name(task.model.source)), texts)
             self._worker.watchdog.last_resort = True
