@@ -122,9 +122,9 @@ def prompts(runs: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 def read_runs(store: Store) -> list[dict[str, Any]]:
     """The records of all runs, the first one first; damaged ones are left out."""
     found = []
-    for name in store.list(RUNS):
+    for number in store.numbered(RUNS):
         with suppress(ValueError):
-            found.append(json.loads(store.read(f"{RUNS}/{name}")))
+            found.append(json.loads(store.read(f"{RUNS}/{number:05d}.json")))
     return found
 
 

@@ -77,7 +77,7 @@ def commit_path(shard: int) -> str:
 
 def committed(store: Store) -> set[int]:
     """The shards that are final: one listing, no reads."""
-    return {int(name.removesuffix(".json")) for name in store.list(COMMITS) if name.endswith(".json")}
+    return set(store.numbered(COMMITS))
 
 
 def read_commit(store: Store, shard: int) -> Commit:

@@ -107,8 +107,7 @@ class Lock:
 
 def newest(store: Store) -> int:
     """The number of the newest owner, dead or alive; 0 when there was none."""
-    names = store.list(LOCKS)
-    return int(names[-1].removesuffix(".json")) if names else 0
+    return max(store.numbered(LOCKS), default=0)
 
 
 def check_owner(store: Store, run: int) -> None:

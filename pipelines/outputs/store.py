@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,14 @@ class Store:
     def list(self, folder: str = "") -> list[str]:
         """Names (without the folder) of the objects and folders directly below `folder`, sorted."""
         return sorted(_name(entry) for entry in self._entries(folder, detail=False))
+
+    def numbered(self, folder: str) -> Sequence[int]:
+        """The numbers of the records `00001.json` and on directly below `folder`, ascending.
+
+        From 100000 on that is not the order of their names.
+        """
+        names = (re.fullmatch(r"(\d{5,})\.json", name) for name in self.list(folder))
+        return sorted(int(name[1]) for name in names if name)
 
     def ages(self, folder: str = "") -> dict[str, float | None]:
         """Names directly below `folder`, each with the seconds since it was written; None for folders."""

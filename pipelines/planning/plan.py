@@ -62,10 +62,10 @@ def shard_path(shard: int) -> str:
 
 def read_plan(store: Store) -> Plan | None:
     """The newest plan of a job, or None when there is none yet."""
-    names = store.list(PLANS)
-    if not names:
+    numbers = store.numbered(PLANS)
+    if not numbers:
         return None
-    name = f"{PLANS}/{names[-1]}"
+    name = f"{PLANS}/{numbers[-1]:05d}.json"
     try:
         return Plan(**json.loads(store.read(name)))
     except (ValueError, TypeError) as error:

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from posixpath import dirname
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -216,6 +217,8 @@ _MINE = re.compile(
     r"|data/images/part-\d{5,}/(\d{5}-[\w-]*\.(png|jpg|webp)|metadata\.(parquet|jsonl))"
 )
 """Paths that the shards of a job write, and nobody else."""
+_PLANNED = re.compile(r"shard-(\d{5,})\.parquet")
+"""Names of plan shards. Compare their numbers: from 100000 on, names are not in that order."""
 
 
 def collect(store: Store, age: float, *, dry_run: bool = False, take_over: bool = False) -> Leftovers:
@@ -230,9 +233,9 @@ def collect(store: Store, age: float, *, dry_run: bool = False, take_over: bool 
         named = {str(file["path"]) for n in done for file in read_commit(store, n).files}
         orphans = [path for path in _old(store, age) if path not in named and _MINE.fullmatch(path)]
         orphans += [f"{SCRATCH}/{name}" for name in _old_in(store, SCRATCH, age)]
-        beyond = shard_path(plan.shards).rpartition("/")[2]
-        folder = shard_path(0).rpartition("/")[0]
-        orphans += [f"{folder}/{name}" for name in _old_in(store, folder, age) if name >= beyond]
+        folder = dirname(shard_path(0))
+        planned = ((_PLANNED.fullmatch(name), name) for name in _old_in(store, folder, age))
+        orphans += [f"{folder}/{name}" for own, name in planned if own and int(own[1]) >= plan.shards]
         if dry_run:
             return Leftovers(tuple(orphans), 0)
         for path in orphans:

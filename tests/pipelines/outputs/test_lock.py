@@ -138,6 +138,15 @@ def test_a_driver_that_was_taken_over_commits_nothing(place: Place) -> None:
     assert not list((place.path / "out/_diffray/commits").glob("*"))
 
 
+def test_run_one_hundred_thousand_is_newer_than_the_one_before(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for number in (9_999, 99_999, 100_000):
+        store.write(f"_diffray/locks/{number:05d}.json", json.dumps({"released": True}).encode())
+    assert lock.newest(store) == 100_000
+    with Lock.acquire(store) as mine:
+        assert mine.run == 100_001
+
+
 class Careless(Store):
     """A storage that takes `If-None-Match` and does not honour it."""
 

@@ -61,6 +61,21 @@ def test_write_read_list_remove(store: Store) -> None:
         store.read("a/x")
 
 
+def test_records_are_in_the_order_of_their_numbers(store: Store) -> None:
+    for name in (
+        "99999.json",
+        "100000.json",
+        "00001.json",
+        "123456.json",
+        "7.json",
+        "notes.json",
+        "00002.txt",
+    ):
+        store.write(f"a/{name}", b"{}")
+    assert store.numbered("a") == [1, 99_999, 100_000, 123_456]
+    assert store.numbered("b") == []
+
+
 def test_put_if_absent_keeps_the_first(store: Store) -> None:
     assert store.put_if_absent("k", b"first")
     assert not store.put_if_absent("k", b"second")

@@ -8,12 +8,14 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from diffray.model.errors import JobConflict, JobError
 from diffray.pipelines import Store, collect, job_status, repair, retry_rejected, verify
+from diffray.pipelines.planning.plan import read_plan, record_plan, shard_path
 from diffray.pipelines.upkeep import care as upkeep
 
 from .. import fake
@@ -270,6 +272,20 @@ def test_leftovers_of_crashes_go_and_nothing_else(place: Place) -> None:
     after = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and "locks" not in p.parts}
     assert before - after == set(orphans)
     assert verify(store).faults == ()
+
+
+def test_the_plan_of_a_job_of_more_than_a_hundred_thousand_shards_stays(place: Place) -> None:
+    store = made(place)
+    plan = read_plan(store)
+    assert plan is not None
+    record_plan(store, replace(plan, number=99_999))
+    record_plan(store, replace(plan, shards=100_002, number=100_000))
+    planned, beyond = (3, 10_000, 99_999, 100_000, 100_001), (100_002, 123_456, 1_000_000)
+    for number in (*planned, *beyond):
+        store.write(shard_path(number), b"x")
+    (place.path / "out/_diffray/plan/zoo.parquet").write_bytes(b"x")
+    assert set(collect(store, 0).files) == {shard_path(number) for number in beyond}
+    assert all(store.exists(shard_path(number)) for number in planned)
 
 
 @pytest.mark.slow
