@@ -7,6 +7,10 @@ job, and workers commit nothing once a higher one is there.
 A living owner rewrites its file every few seconds. Whoever wants the output watches that file by its own
 clock: when it changes, the owner lives; when it does not for `LEASE` seconds, the owner is dead, on whatever
 host it was. No two clocks are ever compared.
+
+Where the owner was a process among those that this one sees, it is known at once whether it is gone. A hostname
+is no proof of that, because containers may share one and have processes of their own: only Linux says which
+processes a process sees, so elsewhere the owner is always watched.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import threading
 import time
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 
 from diffray.model.errors import JobConflict, StorageError
 
@@ -48,6 +53,7 @@ class Lock:
         self._mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
+            "among": _among(),
             "since": datetime.now(UTC).isoformat("T", "seconds"),
             "token": uuid.uuid4().hex,
         }
@@ -121,7 +127,7 @@ def check_owner(store: Store, run: int) -> None:
 
 
 def owner(store: Store) -> str | None:
-    """Who owns the output, or None when nobody does or the owner is dead as far as this host can tell."""
+    """Who owns the output, or None when nobody does or the owner is dead as far as can be told here."""
     last = newest(store)
     if not last:
         return None
@@ -159,12 +165,20 @@ def _read(store: Store, number: int) -> dict[str, object]:
         raise JobConflict(f"{store.path(name)} is damaged: {error}") from None
 
 
+def _among() -> str | None:
+    """Which processes this one sees: the boot of the machine and the namespace of process ids; None if unknown."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
 def _dead_here(record: dict[str, object]) -> bool:
-    """Whether this host can prove that the process is gone."""
-    pid = record.get("pid")
-    if record.get("host") != socket.gethostname() or not isinstance(pid, int):
+    """Whether this process can prove that the owner is gone."""
+    pid, among = record.get("pid"), _among()
+    if among is None or record.get("among") != among or record.get("host") != socket.gethostname():
         return False
-    if pid == os.getpid():
+    if not isinstance(pid, int) or pid == os.getpid():
         return False
     try:
         os.kill(pid, 0)

@@ -20,7 +20,7 @@ class JobStatus:
     Attributes:
         images, rejected: those that ended so far; together at most `planned`.
         phase: "complete", "running" or "stopped".
-        owner: the driver that works on it, as far as this host can tell.
+        owner: the driver that works on it, as far as can be told here.
         plans: 1, and one more for each time that the input grew or rejected rows ran again.
     """
 

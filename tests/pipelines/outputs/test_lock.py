@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
-import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,12 +53,78 @@ def test_a_second_driver_is_told_who_owns_the_output(place: Place) -> None:
     assert job_status(str(place.path / "out")).phase == "complete"
 
 
-def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(place: Place) -> None:
-    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "since": "then"}
-    Store(str(place.path / "out")).write("_diffray/locks/00001.json", json.dumps(dead).encode())
-    began = time.monotonic()
+LINUX = pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="only Linux tells who sees whom")
+
+
+def left_behind(store: Store, **values: object) -> None:
+    """The lock of a process of this host that is gone now, but for `values`."""
+    with Lock.acquire(store) as own:
+        record = json.loads(store.read(f"_diffray/locks/{own.run:05d}.json"))
+    store.write(
+        f"_diffray/locks/{own.run + 1:05d}.json", json.dumps({**record, "pid": 2**22 + 1, **values}).encode()
+    )
+
+
+@LINUX
+def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    left_behind(Store(str(place.path / "out")))
     assert place.job(place.write(TABLE)).images == 2
-    assert time.monotonic() - began < lock.LEASE
+    assert "watching" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"host": "elsewhere"}, id="another host"),
+        pytest.param({"among": f"{uuid.uuid4()} pid:[4026531836]"}, id="another boot"),
+        pytest.param({"among": f"{str(lock._among()).split()[0]} pid:[1]"}, id="another container"),
+        pytest.param({"among": None}, id="unknown"),
+    ],
+)
+def test_a_process_that_cannot_be_seen_from_here_is_watched(
+    tmp_path: Path,
+    other: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(lock, "LEASE", 0.2)
+    store = Store(str(tmp_path))
+    left_behind(store, **other)
+    Lock.acquire(store).release()
+    assert "watching for signs of life" in caplog.text
+
+
+def test_where_nobody_can_tell_the_owner_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "LEASE", 0.2)
+    monkeypatch.setattr(lock, "_among", lambda: None)
+    store = Store(str(tmp_path))
+    left_behind(store)
+    Lock.acquire(store).release()
+    assert "watching for signs of life" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_living_owner_outside_a_container_of_the_same_hostname_is_not_taken_over(tmp_path: Path) -> None:
+    inside = f"""if True:
+        from diffray.pipelines import Store
+        from diffray.pipelines.outputs.lock import Lock
+        Lock.acquire(Store({str(tmp_path)!r}))"""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*apart, "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("a namespace of process ids needs root")
+    with Lock.acquire(Store(str(tmp_path))):
+        tried = subprocess.run(
+            [*apart, sys.executable, "-c", inside], capture_output=True, text=True, check=False
+        )
+    assert f"process {os.getpid()} on {socket.gethostname()}" in tried.stderr.splitlines()[-1]
+    assert "it shows signs of life" in tried.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
