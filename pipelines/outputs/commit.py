@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from posixpath import basename, dirname
+from posixpath import dirname
 from typing import Any
 
 from diffray.model.errors import AccountingError, JobConflict
@@ -26,6 +26,7 @@ from .tables import PlanShard
 
 COMMITS = "_diffray/commits"
 HISTORY = "_diffray/history"
+IMAGES = "data/images"
 READERS, WRITERS = 16, 8
 
 
@@ -95,13 +96,22 @@ def read_commit(store: Store, shard: int) -> Commit:
 
 
 def read_commits(store: Store, shards: Iterable[int]) -> list[Commit]:
-    """Several records, read side by side, without what they say about single images: there may be many."""
-
-    def brief(shard: int) -> Commit:
-        return replace(read_commit(store, shard), image_sha256={}, reasons={})
-
+    """Several records in brief, read side by side."""
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(brief, shards))
+        return list(pool.map(lambda shard: brief(read_commit(store, shard)), shards))
+
+
+def brief(commit: Commit) -> Commit:
+    """A record without what it says about single images, of which a job may have many.
+
+    Of the files it keeps the tables, and what is in `data` besides as one, with the bytes of all.
+    """
+    tables = tuple(file for file in commit.files if file["rows"])
+    images = sum(
+        file["bytes"] for file in commit.files if file["path"].startswith(IMAGES) and not file["rows"]
+    )
+    rest = ({"path": f"{IMAGES}/", "bytes": images, "rows": 0},) if images else ()
+    return replace(commit, files=(*tables, *rest), image_sha256={}, reasons={})
 
 
 def write_commit(
@@ -159,7 +169,7 @@ def proven_totals(store: Store, plan: Plan) -> tuple[dict[str, int], list[Commit
 
     Raises:
         AccountingError: a shard is missing or strange, the sums differ from the plan, a file that a record
-            names is gone, or a part file stands there that no record names.
+            names is gone, or one that no record names stands in the dataset.
     """
     shards = committed(store)
     if shards != set(range(plan.shards)):
@@ -169,17 +179,34 @@ def proven_totals(store: Store, plan: Plan) -> tuple[dict[str, int], list[Commit
     images, rejected = totals(plan, commits)
     if images + rejected != plan.images or any(c.images + c.rejected != c.planned for c in commits):
         raise AccountingError(f"{plan.images} images planned, but {images} made and {rejected} rejected")
-    named = {current_path(plan, c, file) for c in commits for file in c.files if file["rows"]}
-    named = {name for name in named if not name.startswith(HISTORY)}
-    found = {f"{folder}/{name}" for folder in ("data", "rejected") for name in store.list(folder)}
-    if folders := store.list("data/images"):
-        table = next((name for name in named if name.startswith("data/images/")), "metadata.parquet")
-        found |= {f"data/images/{name}/{basename(table)}" for name in folders}
-    found = {name for name in found if PART.search(name)}
-    if named != found:
-        raise AccountingError(f"files and commit records differ: {sorted(named ^ found)[:10]}")
+    missing, surplus = differences(store, recorded(plan, commits))
+    if missing or surplus:
+        raise AccountingError(
+            f"files and commit records differ: {sorted(missing)[:5]} are missing, and "
+            f"{sorted(surplus)[:5]} are in no record; `diffray verify` says more"
+        )
     proven = {"planned": plan.images, "images": images, "rejected": rejected, "shards": plan.shards}
     return proven, commits
+
+
+def recorded(plan: Plan, commits: Iterable[Commit]) -> set[str]:
+    """Paths of all that a finished job's dataset is made of; a folder of image files stands for what is in it."""
+    paths = {current_path(plan, c, file) for c in commits for file in c.files if file["rows"]}
+    return {dirname(p) if p.startswith(IMAGES) else p for p in paths if not p.startswith(HISTORY)}
+
+
+def differences(store: Store, named: set[str]) -> tuple[set[str], set[str]]:
+    """What of `named`, as `recorded` says, is missing, and what else readers take for a part of the dataset."""
+    tables = {f"{folder}/{name}" for folder in ("data", "rejected") for name in visible(store, folder)}
+    found = {path for path in tables if path.endswith((".parquet", ".tar"))}
+    found |= {f"{IMAGES}/{name}" for name in visible(store, IMAGES)}
+    # On a disk, a folder stays when the files of a crashed attempt are taken away.
+    return named - found, {path for path in found - named if visible(store, path) or store.exists(path)}
+
+
+def visible(store: Store, folder: str) -> list[str]:
+    """Names in a folder of the dataset, without those that readers pass over."""
+    return [name for name in store.list(folder) if not name.startswith(".")]
 
 
 def totals(plan: Plan, commits: Iterable[Commit]) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def repair(store: Store, *, take_over: bool = False) -> Verification:
     """Verify, and take back the commits of damaged shards, so that the job's own command makes them again.
 
     Rows that were rejected stay rejected, and the new files have the bytes of the lost ones. The records that
-    are taken back are kept under `_diffray/history`.
+    are taken back are kept under `_diffray/history`. Files that no record names are told and not touched.
     """
     planned_job(store)
     with Lock.acquire(store, take_over=take_over) as lock:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from posixpath import dirname
 from typing import Any
 
@@ -22,7 +23,19 @@ import pyarrow.parquet as pq
 
 from diffray.model.errors import JobConflict, JobError
 
-from ..outputs.commit import HISTORY, Commit, commit_path, committed, current_path, read_commit
+from ..outputs.commit import (
+    HISTORY,
+    IMAGES,
+    Commit,
+    brief,
+    commit_path,
+    committed,
+    current_path,
+    differences,
+    read_commit,
+    recorded,
+    visible,
+)
 from ..outputs.parts import PART
 from ..outputs.store import Store
 from ..planning.plan import Plan, read_plan, read_shard
@@ -30,6 +43,10 @@ from ..report import SUCCESS, is_finished
 
 READERS = 4
 """Shards that are read at once; each is held in memory."""
+UNNAMED = (
+    "readers take it for a part of the dataset, but no commit record names it; delete it, or see `diffray gc`"
+)
+_OF_SHARD = re.compile(r"/part-(\d{5,})(\.parquet|\.tar)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +81,8 @@ class Verification:
 def verify(store: Store) -> Verification:
     """Read everything that is committed and compare it with its record, and the records with the plan.
 
+    What stands in the dataset and in no record is a fault as well, unless its shard is not committed yet.
+
     Raises:
         JobError: there is no planned job.
     """
@@ -82,6 +101,7 @@ def verify(store: Store) -> Verification:
     ended = [shard.made for shard in seen]
     ended += [shard.rejected for shard in seen if shard.number >= plan.retried]
     faults += _accounting(store, plan, seen, ended)
+    faults += _surplus(store, plan, seen)
     return Verification(
         len(seen),
         sum(shard.files for shard in seen),
@@ -99,13 +119,25 @@ def _accounting(
     ids, counts = np.unique(np.concatenate([*ended, np.empty(0, np.uint64)]), return_counts=True)
     for number in _shards_with(seen, set(ids[counts > 1].tolist())):
         yield Fault(None, commit_path(number), "an image of this shard ended in another one as well")
-    broken = any(shard.faults for shard in seen)
+    broken = any(fault.shard is not None for shard in seen for fault in shard.faults)
     if len(seen) == plan.shards and len(ids) != plan.images and not broken:
         yield Fault(None, "the plan", f"{plan.images} images planned, {len(ids)} ended")
     if store.exists(SUCCESS) and not is_finished(store, plan):
         yield Fault(None, SUCCESS, "does not speak of the job's plan")
     if store.exists(SUCCESS) and len(seen) < plan.shards:
         yield Fault(None, SUCCESS, f"stands although only {len(seen)} of {plan.shards} shards are committed")
+
+
+def _surplus(store: Store, plan: Plan, seen: Sequence[_Shard]) -> Iterator[Fault]:
+    """Tables and folders of image files that no record names."""
+    commits = {shard.number: shard.commit for shard in seen if shard.commit is not None}
+    named = recorded(plan, commits.values())
+    if not is_finished(store, plan):
+        named |= recorded(replace(plan, retried=0), commits.values())  # not moved yet
+    for path in sorted(differences(store, named)[1]):
+        of = _OF_SHARD.search(path)
+        if of is None or int(of[1]) in commits or int(of[1]) >= plan.shards:
+            yield Fault(None, path, UNNAMED)
 
 
 def _shards_with(seen: Sequence[_Shard], ids: set[int]) -> list[int]:
@@ -116,8 +148,11 @@ class _Shard:
     """One committed shard, read whole.
 
     Attributes:
+        commit: its record, in brief; None where that is damaged.
         made, rejected: hashes of the ids that ended as images and as rejected rows.
     """
+
+    commit: Commit | None = None
 
     def __init__(self, store: Store, plan: Plan, number: int) -> None:
         self.number, self.faults = number, list[Fault]()
@@ -129,7 +164,9 @@ class _Shard:
         except JobConflict as error:
             self._fault(commit_path(number), str(error).partition(" is ")[2] or str(error))
             return
+        self.commit = brief(commit)
         self._check_ids(commit)
+        self._check_folders({str(file["path"]) for file in commit.files})
         contents = {str(file["path"]): self._content(commit, file) for file in commit.files}
         if None not in contents.values():
             self._check_rows(commit, {path: data for path, data in contents.items() if data is not None})
@@ -153,6 +190,12 @@ class _Shard:
         counts = (commit.planned, commit.images, commit.rejected)
         if counts != (len(planned), len(made), len(rejected)):
             self._fault(path, f"its totals {counts} are not those of its ids")
+
+    def _check_folders(self, named: set[str]) -> None:
+        """Image files have no others among them."""
+        for folder in {dirname(path) for path in named if path.startswith(f"{IMAGES}/")}:
+            others = {f"{folder}/{name}" for name in visible(self._store, folder)} - named
+            self.faults += [Fault(None, path, UNNAMED) for path in sorted(others)]
 
     def _content(self, commit: Commit, file: Mapping[str, Any]) -> bytes | None:
         """The bytes of a file, if they are those recorded."""

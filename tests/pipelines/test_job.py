@@ -194,7 +194,7 @@ def test_a_shard_that_two_workers_commit_is_the_first_ones(place: Place) -> None
     assert repair(store).damaged == [0]
 
 
-@pytest.mark.parametrize("damage", ["commit", "data", "extra"])
+@pytest.mark.parametrize("damage", ["commit", "data", "part-00007.parquet", "copy.parquet"])
 def test_a_job_that_does_not_add_up_fails(place: Place, damage: str) -> None:
     table = place.write(TABLE)
     place.job(table)
@@ -207,9 +207,17 @@ def test_a_job_that_does_not_add_up_fails(place: Place, damage: str) -> None:
     elif damage == "data":
         (out / "data/part-00000.parquet").unlink()
     else:
-        shutil.copy(out / "data/part-00000.parquet", out / "data/part-00007.parquet")
-    with pytest.raises(AccountingError):
+        shutil.copy(out / "data/part-00000.parquet", out / "data" / damage)
+    with pytest.raises(AccountingError, match=damage if damage != "commit" else None):
         place.job(table)
+
+
+def test_the_empty_folder_of_a_crashed_attempt_is_no_part(place: Place) -> None:
+    table, encoding = place.write(TABLE), {"layout": "files"}
+    place.job(table, encoding=encoding)
+    (place.path / "out/_diffray/SUCCESS.json").unlink()
+    (place.path / "out/data/images/part-00007").mkdir()
+    assert place.job(table, encoding=encoding).made == 0
 
 
 def test_a_damaged_record_is_never_taken_for_absent(place: Place) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from diffray.model.encoding import read_provenance
 from diffray.model.request import ImageRequest
 from diffray.pipelines import JobConfig, Store
-from diffray.pipelines.outputs.commit import read_commit, write_commit
+from diffray.pipelines.outputs.commit import read_commit, read_commits, write_commit
 from diffray.pipelines.outputs.parts import Made, Output, Rejected, part_files
 from diffray.pipelines.planning.plan import read_shard
 
@@ -153,6 +153,22 @@ def test_what_a_crashed_attempt_left_is_gone(place: Place) -> None:
         for pattern in ("data/images/part-00000/*", "rejected/*", "_diffray/index/*")
         for path in (place.path / "out").glob(pattern)
     }
+
+
+@pytest.mark.parametrize("layout", ["parquet", "files", "webdataset"])
+def test_records_in_brief_are_no_longer_for_more_images(place: Place, layout: str) -> None:
+    sizes = set()
+    for images in (2, 9):
+        name = f"out{images}"
+        place.job(
+            place.write(f"prompt,n\nx,{images}\n"), name, encoding={"layout": layout}, shards={"images": 9}
+        )
+        [commit] = read_commits(Store(str(place.path / name)), [0])
+        files = [path for path in (place.path / name / "data").rglob("*") if path.is_file()]
+        assert sum(file["bytes"] for file in commit.files) == sum(path.stat().st_size for path in files)
+        assert commit.images == images
+        sizes.add((len(commit.files), len(commit.image_sha256)))
+    assert sizes == {(2 if layout == "files" else 1, 0)}
 
 
 def test_a_reason_is_never_endless(place: Place) -> None:

@@ -109,6 +109,38 @@ def test_each_damaged_file_is_found_and_repaired_to_the_byte(place: Place, layou
         assert verify(store).faults == ()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_no_record_names_is_found_and_left_alone(place: Place, layout: str) -> None:
+    store = made(place, layout=layout)
+    out = place.path / "out"
+    surplus = ["data/part-00000-copy.parquet", "data/part-00077.tar", "rejected/part-00002.parquet"]
+    surplus += ["data/images/part-00088", "data/images/mine.png"]
+    if layout == "files":
+        surplus += ["data/images/part-00000/00077-x.png"]
+    unread = ["data/notes.txt", "data/.part-00000.parquet", "rejected/.DS_Store", "data/images/.thumbs/x.png"]
+    (out / "data/images/part-00099").mkdir(parents=True)
+    for path in [*surplus, *unread]:
+        path = f"{path}/00000-x.png" if path.endswith("part-00088") else path
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_bytes(b"x")
+    before = place.bytes()
+    found = repair(store)
+    assert sorted(fault.path for fault in found.faults) == sorted(surplus)
+    assert found.damaged == []
+    assert place.bytes() == before
+    assert job_status(str(out)).phase == "complete"
+
+
+def test_files_of_shards_that_are_not_committed_are_no_faults(place: Place) -> None:
+    store = made(place)
+    for name in ("commits/00001.json", "SUCCESS.json"):
+        store.remove(f"_diffray/{name}")
+    store.write("rejected/part-00001.parquet", b"half of it")
+    assert verify(store).faults == ()
+    store.write("rejected/part-00003.parquet", b"of no shard")
+    assert [fault.path for fault in verify(store).faults] == ["rejected/part-00003.parquet"]
+
+
 def test_a_changed_record_is_found(place: Place) -> None:
     store = made(place)
     path = place.path / "out/_diffray/commits/00000.json"
@@ -162,6 +194,14 @@ def test_rejected_rows_that_succeed_become_images(
     begun = Counter(place.begun())
     assert again(place) == (6, 1, 1)
     assert verify(store).faults == ()
+    moved = "rejected/part-00000.parquet"
+    store.write(moved, store.read(f"_diffray/history/{moved}"))
+    assert [fault.path for fault in verify(store).faults] == [moved], "its rows would count twice"
+    mark = store.read("_diffray/SUCCESS.json")
+    store.remove("_diffray/SUCCESS.json")
+    assert verify(store).faults == (), "the job was stopped before it was moved"
+    store.write("_diffray/SUCCESS.json", mark)
+    store.remove(moved)
     assert not list((place.path / "out/rejected").glob("part-00000*"))
     [row] = place.rows(folder="rejected")
     assert (row["prompt"], row["field"]) == ("bad", "width")
@@ -271,7 +311,7 @@ def test_leftovers_of_crashes_go_and_nothing_else(place: Place) -> None:
     assert sorted(collect(store, 3600).files) == sorted(orphans)
     after = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file() and "locks" not in p.parts}
     assert before - after == set(orphans)
-    assert verify(store).faults == ()
+    assert {fault.path for fault in verify(store).faults} == {foreign[1], foreign[2]}
 
 
 def test_the_plan_of_a_job_of_more_than_a_hundred_thousand_shards_stays(place: Place) -> None:
