@@ -207,7 +207,7 @@ class Worker:
     ) -> list[Outcome]:
         if not images:
             return []
-        record = await asyncio.to_thread(attempts.begin)
+        record = await asyncio.to_thread(self._begin, attempts)
         try:
             ended = (self._one(attempts.shard, image, timings) for image in images)
             return list(await self._watched(asyncio.gather(*ended)))
@@ -221,7 +221,7 @@ class Worker:
     async def _one_by_one(
         self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
     ) -> list[Outcome]:
-        await asyncio.to_thread(attempts.begin)
+        await asyncio.to_thread(self._begin, attempts)
         outcomes = []
         for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
             record = await asyncio.to_thread(attempts.begin_row, image.id)
@@ -235,6 +235,9 @@ class Worker:
                 raise
             await asyncio.to_thread(attempts.end_row, record)
         return outcomes
+
+    def _begin(self, attempts: Attempts) -> str:
+        return attempts.begin(first=attempts.shard == next(iter(self._making)))
 
     async def _watched(self, work: Awaitable[T]) -> T:
         try:
