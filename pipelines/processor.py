@@ -28,7 +28,7 @@ from .inputs.pictures import fitted, picture
 from .inputs.readers import SourceRow
 from .inputs.values import REQUEST_COLUMNS, request_from
 from .making.models import Models
-from .making.scores import Examiner
+from .making.scores import Examiner, broken
 from .planning.rows import derived_seed
 from .planning.tasks import KINDS, PICTURE_FIELDS
 
@@ -175,8 +175,8 @@ class Generator:
             if result.image is None:
                 raise DiffrayError("output: got 'latents', this stage makes images")
             data, scores = await asyncio.to_thread(self._finished, result.image, result.request)
-        except (DiffrayError, OSError, ValueError) as error:
-            if not self._config.should_continue_on_error or self._model.broken is not None:
+        except Exception as error:
+            if not self._config.should_continue_on_error or self._model.broken is not None or broken(error):
                 raise
             prompt = row.get("prompt")
             return {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.lib.format as npy
 import numpy.typing as npt
 
 from diffray.model.config import ModelConfig
@@ -113,14 +114,23 @@ def _latents(data: bytes, own: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     """[C, h, w] of raw bytes with `latents_shape` and `latents_dtype` beside them, or of a .npy file."""
     try:
         if data.startswith(_NPY):
-            array = np.load(io.BytesIO(data), allow_pickle=False)
+            array = _numpy(data)
         else:
             array = _raw(data, own.get("latents_dtype") or "float32", own.get("latents_shape"))
-        if array.ndim != 3 or array.dtype.kind != "f":
+        if array.ndim != 3 or not array.size or array.dtype.kind != "f":
             raise ValueError(f"got {array.dtype} of shape {list(array.shape)}, allowed are floats [C, h, w]")
         return array.astype(np.float32)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OverflowError) as error:
         raise InvalidRequest("latents", str(error)) from None
+
+
+def _numpy(data: bytes) -> npt.NDArray[Any]:
+    """The array of a .npy file: a view of its bytes, so that no header can claim more than there is."""
+    stream = io.BytesIO(data)
+    read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+    shape, by_columns, dtype = read(stream)
+    values = np.frombuffer(data, dtype, offset=stream.tell())
+    return values.reshape(shape, order="F" if by_columns else "C")
 
 
 def _raw(data: bytes, dtype: str, shape: Any) -> npt.NDArray[Any]:

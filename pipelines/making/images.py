@@ -24,7 +24,7 @@ from ..outputs.parts import Made, Outcome, Rejected
 from ..outputs.sample import Sample
 from ..planning.rows import PlannedImage
 from .models import OpenModel
-from .scores import Examiner, Refused
+from .scores import Examiner, Refused, broken
 from .tally import ENCODE, ENGINE, TEXT, Tally
 from .texts import Texts
 
@@ -88,6 +88,10 @@ class Maker:
                 ready = await loop.run_in_executor(self._readers, self._sources.ready, image)
             except InvalidRequest as error:
                 return Rejected(image, "source", error.field, error.reason, 1)
+            except (JobError, OSError):
+                raise  # the storage: no row's fault
+            except Exception as error:
+                return Rejected(image, "source", None, f"{type(error).__name__}: {error}", 1)
             spent["read"] = time.monotonic() - began
             return await self._outcome(ready, spent)
 
@@ -152,8 +156,10 @@ class Maker:
                 return await loop.run_in_executor(self._encoders, self._finished, image, result, spent)
         except Refused as error:
             return Rejected(image, "check", error.column, error.reason, 1)
-        except (OSError, ValueError) as error:
-            return Rejected(image, "encode", None, str(error), 1)
+        except Exception as error:
+            if broken(error):
+                raise WorkerBroken(f"{type(error).__name__}: {error}") from error
+            return Rejected(image, "encode", None, str(error) or type(error).__name__, 1)
 
     def _finished(self, image: PlannedImage, result: Result, spent: dict[str, float]) -> Made:
         """A picture looked at and encoded; runs in a thread.

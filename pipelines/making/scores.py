@@ -4,8 +4,8 @@ The columns, in this order, as far as the job's `checks` switch them on:
 
     blank, brightness, contrast, sharpness    `diffray.model.judges.checks.measure`
     phash                                     the same; also for near duplicates
-    clip_score                                `diffray.model.alignment`
-    nsfw, nsfw_score                          `diffray.model.safety`
+    clip_score                                `diffray.model.judges.alignment`
+    nsfw, nsfw_score                          `diffray.model.judges.safety`
     whatever the job's own scorers declare
 
 Everything here runs beside the engine, in the threads that encode.
@@ -99,17 +99,19 @@ class Examiner:
         self._checks = checks
         self._filter = PromptFilter(checks.block)
         self.columns = columns(checks)
-        self._scorers: list[tuple[Scorer | None, Score]] = []
+        self._scorers: list[tuple[Scorer, Score]] = []
         if checks.clip:
             from diffray.model.judges.alignment import ClipScore
 
             clip = ClipScore(checks.clip)
-            self._scorers.append((None, lambda image, request: {"clip_score": clip(image, request.prompt)}))
+            about = _built_in("alignment:ClipScore", "clip_score")
+            self._scorers.append((about, lambda image, request: {"clip_score": clip(image, request.prompt)}))
         if checks.safety:
             from diffray.model.judges.safety import SafetyChecker
 
             safety = SafetyChecker(checks.safety)
-            self._scorers.append((None, lambda image, _: asdict(safety(image))))
+            about = _built_in("safety:SafetyChecker", "nsfw", "nsfw_score")
+            self._scorers.append((about, lambda image, _: asdict(safety(image))))
         self._scorers += [(scorer, _made(scorer)) for scorer in checks.scorers]
         self._turn = threading.Lock()
 
@@ -123,6 +125,7 @@ class Examiner:
 
         Raises:
             Refused: the picture is not to be written.
+            Exception: `broken`.
         """
         checks = self._checks
         if checks.blank == "reject" and is_blank(image, checks.blank_tolerance):
@@ -143,18 +146,40 @@ class Examiner:
         return scores
 
 
-def _asked(scorer: Scorer | None, score: Score, image: Image.Image, request: ImageRequest) -> dict[str, Any]:
-    """The values of one scorer, as its columns' types. One of the job's own may fail as it likes."""
-    if scorer is None:
-        return dict(score(image, request))
+def broken(error: Exception) -> bool:
+    """Whether an error says that this process can use its device no more; then it is no picture's own."""
+    return "CUDA error" in str(error)
+
+
+def _built_in(call: str, *names: str) -> Scorer:
+    """What a job would say of one of our own models: a picture that it cannot judge is refused."""
+    kinds: dict[str, Any] = {name: NETWORKS[name] for name in names}
+    return Scorer(call=f"diffray.model.judges.{call}", columns=kinds, on_error="reject")
+
+
+def _asked(scorer: Scorer, score: Score, image: Image.Image, request: ImageRequest) -> dict[str, Any]:
+    """The values of one scorer, as its columns' types. It may fail as it likes."""
     try:
-        values = score(image.copy(), request)
+        values = _with_room(score, image.copy(), request)
         return {name: _typed(name, values[name], kind) for name, kind in scorer.columns.items()}
     except Exception as error:
+        if broken(error):
+            raise
         if scorer.on_error == "reject":
             text = f"{scorer.call} failed: {type(error).__name__}: {error}"
             raise Refused(None, text[:2000]) from error
         return dict.fromkeys(scorer.columns)
+
+
+def _with_room(score: Score, image: Image.Image, request: ImageRequest) -> Mapping[str, Any]:
+    """What a scorer says; asked twice where the device's memory, which the engine shares, did not suffice."""
+    import torch
+
+    try:
+        return score(image, request)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    return score(image, request)
 
 
 def _typed(name: str, value: Any, kind: str) -> Any:

@@ -13,7 +13,9 @@ from PIL import Image
 
 from diffray.model.errors import GenerationError
 from diffray.model.judges.checks import measure
+from diffray.model.request import ImageRequest
 from diffray.pipelines import Checks, ProcessorConfig, build_processor
+from diffray.pipelines.making.scores import Examiner
 from diffray.pipelines.processor import ERROR, Generator
 
 from .fake import FakeModels
@@ -77,6 +79,23 @@ def test_checks_are_those_of_a_job() -> None:
     for row, said in ((blocked, "'fox'"), (blank, "blank: all pixels are #010203")):
         assert said in row[ERROR]
         assert (row["image"], row["brightness"]) == (None, None)
+
+
+def test_whatever_a_judge_raises_is_the_rows_own_unless_the_device_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def examined(_: object, image: Image.Image, request: ImageRequest) -> dict[str, Any]:
+        if request.prompt != "p":
+            raise RuntimeError(request.prompt)
+        return {}
+
+    monkeypatch.setattr(Examiner, "examine", examined)
+    config = ProcessorConfig(should_continue_on_error=True)
+    good, odd = rows(config, [{"prompt": "p"}, {"prompt": "no idea"}])
+    assert (good[ERROR], odd[ERROR], odd["image"]) == ("", "RuntimeError: no idea", None)
+    for stage, prompt in ((config, "CUDA error: unspecified launch failure"), (ProcessorConfig(), "no idea")):
+        with pytest.raises(RuntimeError, match=prompt):
+            rows(stage, [{"prompt": "p"}, {"prompt": prompt}])
 
 
 def test_errors_stop_the_stage_when_not_asked() -> None:

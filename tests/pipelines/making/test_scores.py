@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from diffray.model.errors import JobConflict
 from diffray.model.judges.checks import measure
+from diffray.model.request import ImageRequest
 from diffray.pipelines import InvalidJob, JobConfig
 from diffray.pipelines.making.scores import BUILT_IN, Examiner, columns
 
-from ..conftest import Place
+from ..conftest import Place, restarting
 
 SCORERS = """
 import threading
@@ -32,6 +35,8 @@ def red(image, request, scale=1.0):
 def odd(image, request):
     if "fail" in request.prompt:
         raise RuntimeError("no idea")
+    if "dead" in request.prompt:
+        raise RuntimeError("CUDA error: device-side assert triggered")
     if "wrong" in request.prompt:
         return {"oddness": "text"}
     if "nan" in request.prompt:
@@ -242,6 +247,60 @@ def test_safety_checker_and_clip_score(
         place.job(table, "yes", checks={"safety": str(lax), "flagged": "reject"})
 
 
+@pytest.fixture
+def judge(place: Place, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Checks by a CLIP model that fails as the prompt says, and as often."""
+    from diffray.model.judges.alignment import ClipScore
+    from tests.model.clip_models import save_clip
+
+    failures: Counter[str] = Counter()
+
+    def scored(self: object, image: Image.Image, prompt: str) -> float:
+        failures[prompt] += 1
+        if prompt == "odd":
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        if prompt == "full" or (prompt == "crowded" and failures[prompt] == 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if prompt == "dead":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 25.0
+
+    save_clip(place.path / "clip")
+    monkeypatch.setattr(ClipScore, "forward", scored)
+    return {"clip": str(place.path / "clip")}
+
+
+def test_a_judge_that_fails_costs_its_row(place: Place, judge: dict[str, Any]) -> None:
+    result = place.job(place.write("id,prompt\na,odd\nb,full\nc,crowded\nd,fine\n"), checks=judge)
+    assert (result.images, result.rejected) == (2, 2)
+    assert {row["row_id"]: row["clip_score"] for row in place.rows()} == {"c": 25.0, "d": 25.0}
+    found = {row["row_id"]: (row["stage"], row["reason"]) for row in place.rows(folder="rejected")}
+    start = "diffray.model.judges.alignment:ClipScore failed: "
+    assert found["a"] == ("check", f"{start}RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert found["b"][1].startswith(f"{start}OutOfMemoryError: CUDA out of memory")
+
+
+def test_a_judge_that_loses_the_device_costs_the_worker_then_its_row(
+    place: Place, judge: dict[str, Any]
+) -> None:
+    config = place.config(place.write("id,prompt\na,fine\nb,dead\nc,fine\n"), checks=judge)
+    result = place.run(config, generate=restarting)
+    assert (result.images, result.rejected) == (2, 1)
+    [row] = place.rows(folder="rejected")
+    assert (row["row_id"], row["attempts"]) == ("b", 3)
+    assert "CUDA error: an illegal memory access" in row["reason"]
+
+
+@pytest.mark.parametrize("on_error", ["null", "reject"])
+def test_a_lost_device_is_no_answer_of_ones_own_scorer_either(on_error: str) -> None:
+    """An empty column, or a rejection, would blame a picture for what came before it."""
+    checks = {"scorers": [scorer("odd", {"oddness": "float"}, on_error=on_error)]}
+    examiner = Examiner(JobConfig.checked({"input": "a", "output": "b", "checks": checks}).checks)
+    picture = Image.effect_noise((8, 8), 9).convert("RGB")
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        examiner.examine(picture, ImageRequest(prompt="dead"))
+
+
 def test_near_duplicates_of_the_whole_dataset(place: Place) -> None:
     table = place.write("id,prompt,seed\na,x,1\nb,x,2\nc,x,1\nd,x,3\ne,x,1\n")
     place.job(table, checks={"near_duplicates": 2})
@@ -269,8 +328,6 @@ def test_checks_are_quick() -> None:
     config = JobConfig.checked({"input": "a", "output": "b", "checks": {"measures": True}})
     examiner, noise = Examiner(config.checks), np.random.default_rng(0).integers(0, 255, (512, 512, 3))
     image = Image.fromarray(noise.astype(np.uint8))
-    from diffray.model import ImageRequest
-
     examiner.examine(image, ImageRequest())
     began = time.process_time()
     for _ in range(5):
