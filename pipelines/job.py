@@ -163,10 +163,15 @@ def result(store: Store, plan: Plan, made: int, started: float) -> JobResult:
 
 
 def _apart(source: Source, store: Store) -> None:
-    """Refuse outputs that could never be right: a root, or a folder that holds or is the input."""
+    """Refuse outputs that could never be right: a root, or a folder that holds the input or would become part of it."""
     root = store.path("").rstrip("/")
     if not store.url or root.count("/") < 1:
         raise InvalidJob(f"output {store.url!r}: give a folder of its own")
     for path in source.files:
         if path.startswith(f"{root}/") and commonpath([path, root]) == root:
             raise InvalidJob(f"output {store.url} holds the input {path}: choose another folder")
+    if source.looks_into(root):
+        raise InvalidJob(
+            f"output {store.url} is inside the input {source.root} and would be read as input by the next run: "
+            "choose a folder elsewhere, or one whose name begins with _"
+        )

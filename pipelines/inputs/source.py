@@ -24,7 +24,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from posixpath import basename, commonpath, dirname, join, relpath, splitext
 from typing import IO, Any
@@ -69,6 +69,8 @@ class _Found:
     root: str
     files: Sequence[str]
     pictures: bool = False
+    deep: bool = False
+    """Whether files that appear in folders below `root` would be read too."""
 
 
 class Source:
@@ -111,6 +113,12 @@ class Source:
         self.root = self._root if "://" not in urls[0] else str(self._fs.unstrip_protocol(self._root))
         self.features: dict[str, dict[str, Any]] = {}
         """What a Hugging Face dataset says about its columns, filled by `schema`."""
+
+    def looks_into(self, folder: str) -> bool:
+        """Whether files that appear in this folder may be read as input too."""
+        return any(
+            one.deep and any(_visible(one.root, [folder])) for one in self._found if _below(folder, one.root)
+        )
 
     def rows(self) -> Iterator[SourceRow]:
         """All rows of all files.
@@ -233,7 +241,8 @@ def _expanded(fs: Any, path: str) -> _Found:
     """
     if (wild := _wildcard(path)) >= 0:
         root = dirname(path[:wild] + "x")
-        return _tables_or_pictures(root, list(_visible(root, fs.glob(path))))
+        found = _tables_or_pictures(root, list(_visible(root, fs.glob(path))))
+        return replace(found, deep="/" in path[wild:])
     if _ending(path) == LANCE:
         return _Found(dirname(path), [path] if fs.isdir(path) else [])
     if not fs.isdir(path):
@@ -242,8 +251,9 @@ def _expanded(fs: Any, path: str) -> _Found:
         if splitext(path)[1].lower() not in PICTURES:
             _check_ending(path)
         return _tables_or_pictures(dirname(path), [path])
-    saved = _saved_to_disk(fs, path)
-    return _Found(path, saved) if saved else _tables_or_pictures(path, list(_visible(path, fs.find(path))))
+    if saved := _saved_to_disk(fs, path):
+        return _Found(path, saved)
+    return replace(_tables_or_pictures(path, list(_visible(path, fs.find(path)))), deep=True)
 
 
 def _tables_or_pictures(root: str, paths: Sequence[str]) -> _Found:
@@ -272,6 +282,10 @@ def _saved_to_disk(fs: Any, folder: str) -> list[str]:
     if state.get("_indices_data_files"):
         raise InvalidJob(f"input {folder} is a selection of rows; call flatten_indices() before it is saved")
     return [join(folder, file["filename"]) for file in state["_data_files"]]
+
+
+def _below(path: str, root: str) -> bool:
+    return path.startswith(f"{root.rstrip('/')}/")
 
 
 def _visible(root: str, paths: Sequence[str]) -> Iterator[str]:

@@ -61,7 +61,7 @@ class Place:
 
     def write(self, text: str | bytes, name: str = "prompts.csv") -> str:
         data = text.encode() if isinstance(text, str) else text
-        (self.path / name).parent.mkdir(exist_ok=True)
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         (self.path / name).write_bytes(data)
         return str(self.path / name)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import AccountingError, JobConflict, JobError
-from diffray.pipelines import JobConfig, Store, repair
+from diffray.pipelines import InvalidJob, JobConfig, Store, repair
 from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.worker import Share
 from diffray.pipelines.outputs import fingerprint
@@ -135,6 +135,45 @@ def test_foreign_files_are_never_touched(place: Place) -> None:
     with pytest.raises(JobConflict, match=r"thesis\.doc"):
         place.job(table)
     assert (place.path / "out" / "thesis.doc").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("input", "output", "refused"),
+    [
+        ("in", "in/out", True),
+        ("in", "in/deep/er", True),
+        ("in/**/*.csv", "in/out", True),
+        ("in/*/*.csv", "in/out", True),
+        ("in", "in/_out", False),
+        ("in", "in.out", False),
+        ("in/*.csv", "in/out", False),
+        ("in/a/p.csv", "in/a/out", False),
+    ],
+)
+def test_an_output_that_would_become_input_is_refused_at_the_start(
+    place: Place, input: str, output: str, refused: bool
+) -> None:
+    place.write("prompt\nx\n", "in/p.csv")
+    place.write("prompt\nx\n", "in/a/p.csv")
+    config = place.config(str(place.path / input), output, checks={"near_duplicates": 0})
+    if refused:
+        with pytest.raises(InvalidJob, match=r"is inside the input .*would be read as input by the next run"):
+            place.run(config)
+        assert not (place.path / output).exists()
+    else:
+        made = place.run(config).made
+        assert (made, place.run(config).made) == (1, 0)
+
+
+@pytest.mark.parametrize("output", ["", "/", "///", "s3://bucket", "s3://bucket/"])
+def test_an_output_that_is_no_folder_of_its_own_is_refused(
+    place: Place, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.path)
+    table = place.write(TABLE)
+    with pytest.raises(InvalidJob, match=f"output '{output}': give a folder of its own"):
+        place.run(JobConfig(input=table, output=output))
+    assert [path.name for path in place.path.iterdir()] == ["prompts.csv"]
 
 
 def test_a_row_that_breaks_its_worker_is_rejected_and_its_neighbours_are_not(place: Place) -> None:
