@@ -209,7 +209,7 @@ OPTIONS = (
     JobOption("license", _option(str | None, "License of the dataset, for its card."), "license"),
     JobOption(
         "price_per_hour",
-        _option(float | None, "Of one engine's machine, for report.json."),
+        _option(float | None, "Of one GPU, or of one engine's CPU cores, for report.json."),
         "workers.price_per_hour",
     ),
     JobOption("shard_images", _option(int | None, "Images per shard, at most."), "shards.images"),

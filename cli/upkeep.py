@@ -104,7 +104,7 @@ def retry_rejected(
 
         result = retry(
             output,
-            workers={"actors": actors, "address": address},
+            workers={n: v for n, v in {"actors": actors, "address": address}.items() if v is not None},
             storage=storage_from(storage, endpoint, profile, anonymous),
             take_over=take_over,
             progress=for_this_terminal(),

@@ -157,7 +157,7 @@ class Workers(Strict):
     text_share: float = Field(default=1.0, gt=0)
     """Of a GPU, or CPU cores where engines have none, that each of `text_encoders` takes."""
     price_per_hour: float | None = Field(default=None, ge=0)
-    """Of what one engine runs on (accelerator, machine), in any currency: the report then says what images cost."""
+    """Of one GPU, or on CPU of what one engine runs on, in any currency: the report then says what images cost."""
     address: str | None = None
     """Ray cluster to connect to; None starts Ray on this machine unless it is already up."""
 

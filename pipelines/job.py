@@ -132,7 +132,7 @@ def _generate(
     images, rejected = totals(plan, before)
     progress.start(plan.images, images + rejected, rejected)
     try:
-        with RunRecord(store, lock.run, lock.acquired).written() as record:
+        with RunRecord(store, lock.run, lock.acquired, config.workers).written() as record:
             for event in generate(config, lock.run, store, models, _shares(config, plan, pending)):
                 for listener in (record, progress):
                     if isinstance(event, Pulse):

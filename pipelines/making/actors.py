@@ -140,7 +140,9 @@ def generate_on_ray(
                 with _texts(task, store, models, size) as encoders:
                     for event in _pool(task, store, models, share, size, encoders).run():
                         if isinstance(event, Pulse):
-                            event = pulse = replace(event, engines=(*past, *event.engines), ray=connected)
+                            event = pulse = replace(
+                                event, engines=(*past, *event.engines), ray=connected, texts=size.texts
+                            )
                             meter.see(event)
                         else:
                             meter.committed()
@@ -216,6 +218,7 @@ class Size:
     Attributes:
         options: of `map_batches`: what an actor takes and where it may be.
         text_options: of the actors that are text encoders: the same kind of device, as the bytes depend on it.
+        texts: what all text encoders together take, in GPUs, or on CPU in engines.
         kind: what an engine computes on, "CPU" or "GPU".
         threads: torch threads of an engine on CPU, or None.
 
@@ -245,6 +248,7 @@ class Size:
                 f"each engine asks for {each:g} {self.kind}, the cluster has {there:g}{beside}; "
                 "with workers.actors the job waits for a cluster that grows"
             )
+        self.texts = texts if wants_gpu else texts / each
         self._fit = max(1, int(there / each))
         self.options: dict[str, Any] = {
             "num_gpus": each if wants_gpu else None,

@@ -44,7 +44,7 @@ class EngineFacts:
     Attributes:
         state: "starting", "running", "lost" (dead or silent), or "finished".
         seconds: since its process began to import diffray, or in all if it ended.
-        share: of a GPU that it holds, if it is a fraction, else 1.
+        share: of a GPU, or GPUs, that it holds; 1 on CPU.
         start: seconds of each phase of its start: "place" (from asking for the pool until its process was
             there), "imports", "fetch", "load".
     """
@@ -68,12 +68,14 @@ class Pulse:
         engines: all that this run ever had.
         waiting, running: shards that no engine holds, and those that one does.
         ray: seconds that it took to start Ray or to connect to it.
+        texts: what the pool of text encoders holds, in the unit of an engine's share.
     """
 
     engines: tuple[EngineFacts, ...]
     waiting: int
     running: int
     ray: float = 0.0
+    texts: float = 0.0
 
 
 class Pool:

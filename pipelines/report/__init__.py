@@ -44,8 +44,8 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
     refused = account.refusals(store, plan, commits)
     _write_pages(store, config, totals, found, refused, alike)
     size = sum(file["bytes"] for commit in commits for file in commit.files if _is_data(file["path"]))
-    times = account.Times.of(commits)
-    encoded = prompts(read_runs(store))
+    runs = read_runs(store)
+    times, encoded = account.Times.of(commits, runs), prompts(runs)
     store.write(account.REPORT, account.account(config, totals, refused, found, alike, size, times, encoded))
     store.write(account.THROUGHPUT, account.throughput(times))
     for leftover in store.list(SCRATCH):

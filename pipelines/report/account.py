@@ -1,4 +1,4 @@
-"""What a job cost and made, from its commit records: `report.json` and `throughput.svg`.
+"""What a job cost and made, from its commit and run records: `report.json` and `throughput.svg`.
 
 These two files hold times. They are the only ones outside `_diffray/` that differ between a job that was
 interrupted and one that was not.
@@ -44,12 +44,15 @@ class Refusals:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What is known of the time that a job took; seconds of workers that died before a commit are not.
+    """What is known of the time that a job took.
 
     Attributes:
         seconds: from each run's first shard to its last commit; pauses between two runs do not count.
-        machine_seconds: sum over workers, from their start (weights not loaded yet) to their last commit.
-        workers: how many there were.
+        machine_seconds: sum over all runs of the time that engines and text encoders held their devices, times their
+            share of a GPU. A run whose driver was killed counts as its last record says, a minute old at most, or
+            as its commits say if that is more: from the start of each worker to its last commit. One that was killed
+            before its first record is known by its commits alone, and its workers' shares are taken for 1.
+        workers: how many engines there were, those that died included.
         start: mean seconds of each phase of a worker's start.
         stages: seconds that images spent in each stage, added up; waiting for others included.
         spans: (began, ended, images) of every shard, in seconds since 1970.
@@ -65,8 +68,8 @@ class Times:
     runs: Sequence[tuple[float, float]] = ()
 
     @classmethod
-    def of(cls, commits: Sequence[Commit]) -> Times:
-        """The times in a job's commit records."""
+    def of(cls, commits: Sequence[Commit], recorded: Sequence[Mapping[str, Any]] = ()) -> Times:
+        """The times in a job's commit records and in those of its runs."""
         timed = [commit for commit in commits if commit.origin.ended]
         bounds: dict[int, tuple[float, float]] = {}
         for origin in (commit.origin for commit in timed):
@@ -76,20 +79,25 @@ class Times:
         born: dict[str, float] = {}
         last: dict[str, float] = {}
         starts: dict[str, Mapping[str, float]] = {}
+        of_run: dict[str, int] = {}
         stages: dict[str, float] = {}
         for commit in commits:
             origin = commit.origin
             if origin.worker:
                 born[origin.worker], starts[origin.worker] = origin.born, origin.start
+                of_run[origin.worker] = origin.run
                 last[origin.worker] = max(last.get(origin.worker, 0.0), origin.ended)
             for stage, seconds in commit.timings.items():
                 if stage != WAITING:
                     stages[stage] = stages.get(stage, 0.0) + seconds
+        held, engines = _machines(
+            recorded, of_run, {name: max(0.0, last[name] - born[name]) for name in born}
+        )
         phases = sorted({phase for start in starts.values() for phase in start})
         return cls(
             seconds=sum(end - begin for begin, end in runs),
-            machine_seconds=sum(max(0.0, last[name] - born[name]) for name in born),
-            workers=len(born),
+            machine_seconds=held,
+            workers=engines,
             start={p: sum(s.get(p, 0.0) for s in starts.values()) / len(starts) for p in phases},
             stages=stages,
             spans=sorted((c.origin.began, c.origin.ended, c.images) for c in timed),
@@ -172,6 +180,28 @@ def throughput(times: Times, bins: int = 60) -> bytes:
     paused = f", {len(runs)} runs" if len(runs) > 1 else ""
     caption = f"mean {number(float(f'{mean:.3g}'))}/s, peak {number(float(f'{rates.max():.3g}'))}/s{paused}"
     return bars("Images per second", rates.tolist(), "0", caption, _duration(length), alone=True).encode()
+
+
+def _machines(
+    recorded: Sequence[Mapping[str, Any]], of_run: Mapping[str, int], seconds: Mapping[str, float]
+) -> tuple[float, int]:
+    """Machine-seconds and number of engines of all runs, each as its record or its commits say, whichever is more.
+
+    Args:
+        recorded: the records of the runs.
+        of_run: the run of each worker that committed.
+        seconds: from the start of each of these to its last commit.
+    """
+    records = {int(record["run"]): record for record in recorded}
+    held, engines = 0.0, 0
+    for run in {*records, *of_run.values()}:
+        record = records.get(run, {})
+        known = record.get("engines", ())
+        workers = [name for name in of_run if of_run[name] == run]
+        share = max((engine.get("share", 1.0) for engine in known), default=1.0)
+        held += max(record.get("machine_seconds", 0.0), share * sum(seconds[name] for name in workers))
+        engines += max(len(known), len(workers))
+    return held, engines
 
 
 def _united(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -31,6 +31,7 @@ from ..planning.plan import Plan, read_plan, read_shard, record_plan, shard_path
 from ..planning.rows import PlannedImage
 from ..progress import Progress, Silent
 from ..report import SUCCESS
+from ..runs import last_workers, read_runs
 from .verification import Verification, verify
 
 HISTORY_COMMITS = "_diffray/history/commits"
@@ -140,7 +141,8 @@ def retry_rejected(
 
     Args:
         output: the dataset.
-        workers: `workers` of the job config, for this run.
+        workers: `workers` of the job config, for this run; what they do not say is as in the job's last run, but
+            for the cluster's address.
         storage: `storage` of the job config.
         take_over, progress, models, store, generate: as for `run`.
 
@@ -149,12 +151,12 @@ def retry_rejected(
         JobConflict: model or software differ from the job's.
     """
     started = time.monotonic()
+    store = store or Store(output, storage_options(storage or {}, output))
     values: dict[str, Any] = {
         "output": output,
-        "workers": dict(workers or {}),
+        "workers": {**last_workers(read_runs(store)), **(workers or {})},
         "storage": dict(storage or {}),
     }
-    store = store or Store(output, storage_options(storage or {}, output))
     progress = progress or Silent()
     plan = planned_job(store)
     recorded = recorded_config(store)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from diffray.pipelines import Between, JobConfig, Workers, retry_rejected
 from diffray.pipelines.making.pools import EngineFacts, Pulse
 from diffray.pipelines.making.tally import Reading
 from diffray.pipelines.outputs.store import Store
 from diffray.pipelines.runs import read_runs
 
 from .conftest import Place, in_process
+from .fake import FakeModels
 
 START = {"place": 2.0, "imports": 3.0, "fetch": 1.0, "load": 4.0}
 FACTS = EngineFacts(
@@ -51,7 +55,49 @@ def test_a_run_leaves_its_facts(place: Place) -> None:
     first, second = record["engines"]
     assert first["start"] == {**START, "first_image": 2.5}
     assert (first["busy_seconds"], first["occupancy"], first["images"]) == (20.0, 0.5, 7)
-    assert (second["state"], second["accelerator"]) == ("lost", "")
+    assert (second["state"], second["accelerator"], second["share"]) == ("lost", "", 0.5)
+    report = json.loads((place.path / "out/report.json").read_text())
+    assert (report["machine_seconds"], report["workers"]) == (record["machine_seconds"], 2)
+
+
+def test_text_encoders_are_paid_for_too(place: Place) -> None:
+    def encoded(*arguments: Any) -> Iterator[Any]:
+        time.sleep(0.05)
+        yield Pulse((FACTS,), 0, 1, ray=0.01, texts=1000.0)
+        yield from in_process(*arguments)
+
+    place.run(place.config(place.write("prompt\np\n")), generate=encoded)
+    [record] = read_runs(Store(str(place.path / "out")))
+    expected = 0.5 * 40 + 1000 * (record["seconds"]["generate"] - record["seconds"]["ray"])
+    assert record["machine_seconds"] == pytest.approx(expected, abs=1)
+    assert record["machine_seconds"] > 20 + 1000 * 0.04
+
+
+def test_a_run_says_how_it_was_spread_and_retries_go_on_like_it(place: Place) -> None:
+    workers = {"actors": "2-4", "gpus": 0.25, "labels": {"zone": "a"}, "patience": 60.0, "address": "auto"}
+    place.job(place.write("prompt\np\nPOISON\n"), workers={**workers, "price_per_hour": 7200.0})
+    used = []
+
+    def again(config: JobConfig, *arguments: Any) -> Iterator[Any]:
+        used.append(config.workers)
+        yield Pulse((FACTS,), 0, 1)
+        yield from in_process(config, *arguments)
+
+    retry_rejected(str(place.path / "out"), workers={"patience": 90.0}, models=FakeModels(), generate=again)
+    assert used == [
+        Workers(
+            actors=Between(min=2, max=4),
+            gpus=0.25,
+            labels={"zone": "a"},
+            patience=90.0,
+            price_per_hour=7200.0,
+        )
+    ]
+    report = json.loads((place.path / "out/report.json").read_text())
+    first, second = read_runs(Store(str(place.path / "out")))
+    assert second["machine_seconds"] == 20
+    assert report["cost"]["total"] == pytest.approx(2 * report["machine_seconds"], abs=0.01)
+    assert report["machine_seconds"] >= 20 + first["machine_seconds"]
 
 
 def test_a_stopped_run_says_why_and_the_next_has_a_record_of_its_own(place: Place) -> None:

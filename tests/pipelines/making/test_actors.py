@@ -70,7 +70,7 @@ def test_text_encoders_take_their_part_of_the_engines_kind_of_device(cluster: An
     cluster(GPUS)
     size = Size(Workers(text_encoders=1, accelerator="H100"), "auto")
     assert size.text_options == {"num_cpus": 0, "num_gpus": 1.0, "accelerator_type": "H100"}
-    assert size.engines(1000) == (1, 3, 3)
+    assert (size.engines(1000), size.texts) == ((1, 3, 3), 1.0)
     shared = Size(Workers(text_encoders=4, text_share=0.25, gpus=0.75), "auto")
     assert (shared.text_options["num_gpus"], shared.engines(1000)) == (0.25, (1, 4, 4))
     with pytest.raises(JobError, match="asks for 1 GPU, the cluster has 0 beside its 4 text encoders"):
@@ -79,6 +79,7 @@ def test_text_encoders_take_their_part_of_the_engines_kind_of_device(cluster: An
     size = Size(Workers(text_encoders=2, text_share=4), "auto")
     assert size.text_options == {"num_cpus": 4.0}
     assert (size.options["num_cpus"], size.threads, size.engines(1000)) == (8.0, 8, (1, 1, 1))
+    assert size.texts == 1.0, "8 cores are what one engine has"
 
 
 def test_a_job_keeps_the_threads_and_the_kind_of_device_of_its_first_run(

@@ -61,6 +61,23 @@ def test_times_are_added_up() -> None:
     assert "cost" not in found
 
 
+def record(run: int, machine_seconds: float, *shares: float) -> dict[str, Any]:
+    engines = [{"share": share} for share in shares]
+    return {"run": run, "machine_seconds": machine_seconds, "engines": engines}
+
+
+def test_machine_seconds_are_those_of_the_runs_records() -> None:
+    """Four quarters of a GPU, one of which never committed anything; then a run of one engine."""
+    found = Times.of(COMMITS, [record(1, 21.5, 0.25, 0.25, 0.25, 0.25), record(2, 11.0, 1.0)])
+    assert (found.machine_seconds, found.workers) == (32.5, 5)
+
+
+def test_a_run_whose_driver_was_killed_counts_for_what_is_known_of_it() -> None:
+    late, absent = 0.25 * (16 + 14), 8
+    found = Times.of(COMMITS, [record(1, 2.0, 0.25, 0.25), record(3, 5.0, 1.0)])
+    assert (found.machine_seconds, found.workers) == (late + absent + 5.0, 4)
+
+
 def test_costs_need_a_price() -> None:
     cost = reported(36.0)["cost"]
     assert cost == {
