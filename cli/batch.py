@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import job_command
+from .command import job_command
 from .outcome import reported
 
 if TYPE_CHECKING:

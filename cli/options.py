@@ -1,19 +1,18 @@
-"""The options of job commands: one table of flags and of the keys of a job file that they set."""
+"""The options of job commands: one table of flags and of the keys of a job file that they set.
+
+Keys without a flag of their own are set by `--job KEY.PATH=YAML`; `command.py` makes commands of all this.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from .fields import Device, Dtype, Guidance, Height, Negative, Sampler, Schedule, Set, Steps, Width, pairs
-from .storage import Anonymous, Endpoint, Profile, Storage, storage_from
+from .fields import Device, Dtype, Guidance, Height, Negative, Sampler, Schedule, Set, Steps, Width
 
 SIDES = ("left", "top", "right", "bottom")
-INPUT_HELP = "Tables, tars, a picture folder or a saved dataset: a file, folder, glob or URL."
 
 
 def _option(kind: Any, help: str, *flags: str) -> Any:
@@ -217,6 +216,20 @@ OPTIONS = (
         "actors", _option(str | None, "At most this many engines, or a range such as 2-16."), "workers.actors"
     ),
     JobOption(
+        "gpus", _option(float | None, "Of each engine; a fraction for several on one GPU."), "workers.gpus"
+    ),
+    JobOption("cpus", _option(float | None, "CPU cores of each engine."), "workers.cpus"),
+    JobOption(
+        "accelerator",
+        _option(str | None, "Only nodes with it, by Ray's name: H100, L4, ..."),
+        "workers.accelerator",
+    ),
+    JobOption(
+        "label",
+        _option(list[str] | None, "Only nodes with this Ray label, as NAME=VALUE; repeat it."),
+        "workers.labels",
+    ),
+    JobOption(
         "text_encoders",
         _option(int | None, "So many text encoders for all engines; 0 leaves each engine to itself."),
         "workers.text_encoders",
@@ -224,114 +237,3 @@ OPTIONS = (
     ),
     JobOption("address", _option(str | None, "Ray cluster to connect to."), "workers.address"),
 )
-STORAGE = {"endpoint": Endpoint, "profile": Profile, "anonymous": Anonymous, "storage": Storage}
-
-
-def job_command(
-    task: str,
-    help: str,
-    body: Callable[[typer.Context, dict[str, Any], Mapping[str, Any]], None],
-    extra: Mapping[str, Any],
-) -> Callable[..., None]:
-    """A command of `task`: takes INPUT and OUTPUT and every option that the task has.
-
-    Args:
-        body: called with the job's values, and with those of `extra`.
-        extra: further parameters by name, as annotated types; their default is None or False.
-    """
-    options = [one for one in OPTIONS if not one.tasks or task in one.tasks]
-    kinds: dict[str, Any] = {
-        "context": typer.Context,
-        "input": Annotated[str, typer.Argument(help=INPUT_HELP)],
-        "output": Annotated[
-            str, typer.Argument(help="Folder or URL of the dataset; a second run resumes it.")
-        ],
-        **{one.name: one.kind for one in options},
-        **STORAGE,
-        **extra,
-    }
-    required = ("context", "input", "output")
-
-    def command(**given: Any) -> None:
-        context = given.pop("context")
-        own = {name: given.pop(name) for name in extra}
-        values = {"task": task, "input": given.pop("input"), "output": given.pop("output")}
-        body(context, values | job_values(given), own)
-
-    command.__name__, command.__doc__ = task, help
-    command.__annotations__ = kinds
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                annotation=kind,
-                default=inspect.Parameter.empty if name in required else _is_flag(kind),
-            )
-            for name, kind in kinds.items()
-        ]
-    )
-    return command
-
-
-def job_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a job file from flags; what was not given is left out."""
-    values: dict[str, Any] = {}
-    for one in OPTIONS:
-        value = given.get(one.name)
-        if value is None or value == []:
-            continue
-        if one.name in _REPEATED:
-            value = _REPEATED[one.name](pairs(f"--{one.name}", value))
-        place, parts = values, one.key.split(".")
-        for part in parts[: -1 if not isinstance(value, dict) else None]:
-            place = place.setdefault(part, {})
-        if not isinstance(value, dict):
-            place[parts[-1]] = value
-        elif double := sorted(place.keys() & value.keys()):
-            raise typer.BadParameter(f"--{one.name} {double[0]}: given twice")
-        else:
-            place |= value
-    if "models" in values:
-        shared = values.pop("model", {})
-        values["models"] = {name: {**shared, "source": source} for name, source in values["models"].items()}
-    if storage := storage_from(**{name: given[name] for name in STORAGE}):
-        values["storage"] = storage
-    return values
-
-
-def _swept(texts: Mapping[str, str]) -> dict[str, Any]:
-    """A,B,C or FROM:TO:STEP; what reads as a number is one."""
-    found: dict[str, Any] = {}
-    for name, text in texts.items():
-        parts = text.split(":")
-        numbers = [_number(part) for part in parts]
-        if len(parts) == 3 and not any(isinstance(n, str) for n in numbers):
-            found[name] = dict(zip(("from", "to", "step"), numbers, strict=True))
-        else:
-            found[name] = [_number(part.strip()) for part in text.split(",")]
-    return found
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _is_flag(kind: Any) -> bool | None:
-    """The default of an option: False for a plain flag, None for anything else."""
-    return False if getattr(kind, "__origin__", None) is bool else None
-
-
-_REPEATED: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
-    "models": dict,
-    "adapter": dict,
-    "column": dict,
-    "template": dict,
-    "set": dict,
-    "sweep": _swept,
-}

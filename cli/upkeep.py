@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .batch import TakeOver
+from .command import job_values, with_options
+from .options import OPTIONS
 from .outcome import FAILED, reported
 from .storage import Anonymous, Endpoint, Profile, Storage, storage_from
 
@@ -86,33 +88,33 @@ def verify(
             raise typer.Exit(FAILED)
 
 
-def retry_rejected(
-    context: typer.Context,
-    output: Output,
-    actors: Annotated[int | None, typer.Option(help="At most this many engines.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to connect to.")] = None,
-    take_over: TakeOver = False,
-    endpoint: Endpoint = None,
-    profile: Profile = None,
-    anonymous: Anonymous = False,
-    storage: Storage = None,
-) -> None:
-    """Run the rejected rows of a finished job again, with its own config and seeds."""
+def _retry_rejected(context: typer.Context, output: str, take_over: bool = False, **given: Any) -> None:
     with reported(context):
         from diffray.pipelines import for_this_terminal
         from diffray.pipelines import retry_rejected as retry
 
+        values = job_values(given)
+        storage, workers = values.pop("storage", {}), values.pop("workers", {})
+        if values:
+            raise typer.BadParameter(f"--job {next(iter(values))}: only workers may differ from the job")
         result = retry(
-            output,
-            workers={n: v for n, v in {"actors": actors, "address": address}.items() if v is not None},
-            storage=storage_from(storage, endpoint, profile, anonymous),
-            take_over=take_over,
-            progress=for_this_terminal(),
+            output, workers=workers, storage=storage, take_over=take_over, progress=for_this_terminal()
         )
         if not result.made:
             typer.echo(f"nothing to do: no row of {output} is rejected")
             return
         typer.echo(f"{result.images} images, {result.rejected} still rejected, {result.seconds:.1f} s")
+
+
+retry_rejected = with_options(
+    _retry_rejected,
+    "retry_rejected",
+    "Run the rejected rows of a finished job again, with its own config and seeds; on workers as in its last run, "
+    "unless told otherwise.",
+    {"output": Output},
+    [one for one in OPTIONS if one.key.startswith("workers.")],
+    {"take_over": TakeOver},
+)
 
 
 def gc(

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from .checks import Checks
 from .strict import InvalidJob as InvalidJob
 from .strict import Strict as Strict
+from .strict import complaints
 
 Task = Literal["generate", "augment", "inpaint", "outpaint", "edit", "upscale", "encode", "decode"]
 
@@ -266,7 +267,7 @@ class JobConfig(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}{_got(e)}" for e in error.errors()]
+            lines = [f"  {line}" for line in complaints(error, cls)]
             raise InvalidJob("\n".join(["the job config is not valid:", *lines])) from None
 
     @classmethod
@@ -298,11 +299,3 @@ def storage_options(storage: Mapping[str, Mapping[str, Any]], url: str) -> dict[
     protocol = url.partition("://")[0] if "://" in url else "file"
     matching = [key for key in storage if key == protocol or ("://" in key and url.startswith(key))]
     return dict(storage[max(matching, key=len)]) if matching else {}
-
-
-def _got(error: Mapping[str, Any]) -> str:
-    """The value that was refused, unless it could hold or be a secret."""
-    value, place = error["input"], error["loc"]
-    plain = value is None or isinstance(value, (str, int, float))
-    unknown = error["type"] == "extra_forbidden"
-    return f", got {value!r}" if plain and not unknown and place[:1] != ("storage",) else ""

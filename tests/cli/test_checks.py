@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffray.cli.app import app
-from diffray.cli.options import STORAGE, job_values
+from diffray.cli.command import STORAGE, job_values
 from diffray.pipelines import JobConfig
 
 

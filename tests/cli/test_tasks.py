@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from pydantic import BaseModel, TypeAdapter
 from typer.testing import CliRunner
 
 from diffray.cli import batch
 from diffray.cli.app import app
-from diffray.cli.options import OPTIONS, job_values
-from diffray.pipelines import JobConfig
+from diffray.cli.command import STORAGE, job_values
+from diffray.cli.options import OPTIONS
+from diffray.pipelines import JobConfig, ModelOptions, Workers
 
 
 def diffray(*arguments: object) -> tuple[int, str, str]:
@@ -130,9 +133,138 @@ def test_wrong_flags_exit_2(table: Path, tmp_path: Path, wrong: list[Any]) -> No
     assert "Traceback" not in error
 
 
+def leaves(model: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a job file that has no keys of its own with names that diffray gives."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from leaves(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+ELSEWHERE = {"task": "the command", "input": "INPUT", "output": "OUTPUT"}
+OTHER = {
+    "model.source": "m",
+    "model.device": "cpu",
+    "model.dtype": "float16",
+    "model.batch_size": 3,
+    "model.adapters": {"ink": "a.safetensors"},
+    "model.options": {"variant": "lightning", "steps": 4},
+    "models": {"a": {"source": "x", "batch_size": 2}},
+    "columns": {"prompt": "caption"},
+    "templates": {"prompt": "a {label}"},
+    "sweep": {"steps": [3, 4]},
+    "defaults": {"steps": 3},
+    "images_per_prompt": 2,
+    "seed": 9,
+    "limit": 5,
+    "pictures.root": "pics",
+    "pictures.background": "#aabbcc",
+    "pictures.max_side": 64,
+    "pictures.fit": "crop",
+    "pictures.max_pixels": 5000,
+    "pictures.max_bytes": 6000,
+    "encoding.format": "webp",
+    "encoding.quality": 7,
+    "encoding.layout": "files",
+    "encoding.metadata": "jsonl",
+    "encoding.latents": "float32",
+    "shards.images": 8,
+    "shards.work": 1e5,
+    "workers.actors": {"min": 2, "max": 4},
+    "workers.cpus": 2.0,
+    "workers.gpus": 0.25,
+    "workers.accelerator": "L4",
+    "workers.labels": {"ray.io/zone": "in(a,b)"},
+    "workers.start_timeout": 5.0,
+    "workers.shards_in_flight": 2,
+    "workers.crashes": 5,
+    "workers.patience": 6.0,
+    "workers.text_encoders": 1,
+    "workers.text_share": 0.5,
+    "workers.price_per_hour": 1.5,
+    "workers.address": "auto",
+    "storage": {"s3": {"anon": True}},
+    "checks.block": ("fox",),
+    "checks.blank": "keep",
+    "checks.blank_tolerance": 3,
+    "checks.measures": True,
+    "checks.near_duplicates": 4,
+    "checks.clip": "c",
+    "checks.safety": "s",
+    "checks.flagged": "reject",
+    "checks.scorers": ({"call": "a.b:c", "columns": {"x": "float"}, "options": {}, "on_error": "null"},),
+    "checks.limits": {"contrast": (0.1, None)},
+    "contact_sheet": 5,
+    "gallery": 6,
+    "license": "mit",
+}
+"""Every leaf of a job with a value that is not its default."""
+BESIDE = {"checks.limits": ["--measures"], "checks.flagged": ["--safety", "s"]}
+"""What a value needs to be allowed."""
+
+
+def test_the_leaves_are_all_of_a_jobs_keys() -> None:
+    assert [leaf for leaf in leaves() if leaf not in ELSEWHERE] == list(OTHER)
+
+
+@pytest.mark.parametrize("leaf", OTHER)
+def test_every_key_of_a_job_can_be_set_on_the_command_line(leaf: str, started: list[JobConfig]) -> None:
+    flags = ["--job", f"{leaf}={json.dumps(OTHER[leaf])}", *BESIDE.get(leaf, [])]
+    code, _, error = diffray("generate", "in", "out", *flags)
+    assert code == 0, error
+    value: Any = started[0]
+    for name in leaf.split("."):
+        value = getattr(value, name)
+    plain = TypeAdapter(Any).dump_python(value)
+    known = plain["a"] if leaf == "models" else plain
+    wanted = OTHER[leaf]["a"] if leaf == "models" else OTHER[leaf]
+    assert (wanted.items() <= known.items()) if leaf == "models" else known == wanted
+
+
+def test_flags_of_workers_and_several_inputs(started: list[JobConfig]) -> None:
+    flags = ["--gpus", 0.25, "--cpus", 2, "--accelerator", "H100", "--label", "ray.io/zone=in(a,b)"]
+    flags += ["--job", "workers={crashes: 5, labels: {disk: ssd}}", "--models", "a=x", "--models", "b=y"]
+    assert diffray("generate", "one", "two", "out", *flags, "--job", "models.b.batch_size=2")[0] == 0
+    workers = {"gpus": 0.25, "cpus": 2, "accelerator": "H100", "crashes": 5}
+    assert started == [
+        JobConfig(
+            input=["one", "two"],
+            output="out",
+            workers=Workers(**workers, labels={"ray.io/zone": "in(a,b)", "disk": "ssd"}),
+            models={"a": ModelOptions(source="x"), "b": ModelOptions(source="y", batch_size=2)},
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--job", "workers.crash=5"], "workers.crash: Extra inputs are not permitted; allowed are actors, cpus,"),
+        (["--job", "worker.crashes=5"], "worker: Extra inputs are not permitted; allowed are task, input, output,"),
+        (["--job", "models.a.sauce=x"], "models.a.sauce: Extra inputs are not permitted; allowed are source, device,"),
+        (["--job", "workers.actors={max: 3, mix: 1}"], "allowed are min, max"),
+        (["--job", "sweep.steps={from: 1, to: 3, step: 1, by: 2}"], "allowed are from, to, step"),
+        (["--job", "checks.scorers=[{cal: x}]"], "scorers.0.cal: Extra inputs are not permitted; allowed are call,"),
+        (["--job", "workers.crashes=99"], "workers.crashes: Input should be less than or equal to 20, got 99"),
+        (["--job", "workers.crashes=5", "--job", "workers.crashes=6"], "each name once"),
+        (["--job", "workers.gpus=1", "--gpus", 1], "--job: workers.gpus is given twice"),
+        (["--job", "seed.x=1", "--seed", 1], "--job: seed is given already"),
+        (["--job", "workers.crashes=["], "--job workers.crashes: no YAML"),
+        (["--job", "input=x"], "--job: input is given twice"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_is_refused_with_what_is_allowed(
+    started: list[JobConfig], wrong: list[Any], said: str
+) -> None:
+    code, _, error = diffray("generate", "in", "out", *wrong)
+    assert (code, started) == (2, [])
+    assert said in " ".join(error.replace("│", " ").split())
+
+
 def test_every_option_leads_to_a_key_of_the_job() -> None:
-    schema = JobConfig.model_json_schema()
     for one in OPTIONS:
-        assert one.key.split(".")[0] in schema["properties"], one.name
+        assert any(f"{one.key}.".startswith(f"{leaf}.") for leaf in leaves()), one.name
     with pytest.raises(typer.BadParameter):
-        job_values({"set": ["steps=1"], "steps": 2})
+        job_values({**dict.fromkeys(STORAGE), "set": ["steps=1"], "steps": 2})

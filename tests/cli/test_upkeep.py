@@ -7,10 +7,12 @@ import os
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from diffray.cli.storage import storage_from
+from diffray.pipelines import JobConfig, Workers
 from diffray.pipelines import job as job_module
 from diffray.pipelines.upkeep import care as upkeep_module
 from tests.cli.test_cli import diffray
@@ -70,6 +72,39 @@ def test_retry_rejected(out: Path, fake: ModuleType, monkeypatch: pytest.MonkeyP
     assert diffray("retry-rejected", out)[1].startswith("2 images, 0 still rejected, ")
     assert diffray("retry-rejected", out)[1] == f"nothing to do: no row of {out} is rejected\n"
     assert diffray("verify", out)[0] == 0
+
+
+def test_retries_go_on_with_the_workers_that_are_named_and_the_last_runs_for_the_rest(
+    table: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = out.with_name("again")
+    assert diffray("generate", table, again, "--patience", 9)[0] == 2, "no flag of its own"
+    first = ["--job", "workers.patience=9", "--price-per-hour", 3, "--gpus", 0.5, "--label", "zone=a"]
+    assert diffray("generate", table, again, *first)[0] == 0
+    used, defaults = [], upkeep_module.retry_rejected.__kwdefaults__ or {}
+    generate = defaults["generate"]
+
+    def watched(config: JobConfig, *arguments: Any) -> Any:
+        used.append(config.workers)
+        return generate(config, *arguments)
+
+    monkeypatch.setitem(defaults, "generate", watched)
+    flags = ["--gpus", 1, "--accelerator", "H100", "--text-encoders", 2, "--job", "workers.crashes=5"]
+    assert diffray("retry-rejected", again, *flags)[0] == 0
+    assert used == [
+        Workers(
+            patience=9,
+            price_per_hour=3,
+            gpus=1,
+            labels={"zone": "a"},
+            accelerator="H100",
+            text_encoders=2,
+            crashes=5,
+        )
+    ]
+    assert json.loads((again / "report.json").read_text())["cost"]["price_per_hour"] == 3
+    code, _, error = diffray("retry-rejected", again, "--job", "seed=3")
+    assert (code, "--job seed: only workers may differ" in error) == (2, True)
 
 
 def test_gc(out: Path) -> None:
