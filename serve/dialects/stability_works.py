@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 
 from diffray.model import ImageRequest, InvalidRequest
 
 from ..work import ModelCard, Work
 from . import stability_bodies as bodies
-from .parts import alpha_mask, area_size, check_area, check_mask, covering, flat, seeds
+from .parts import alpha_mask, area_size, check_area, check_mask, covering, flat, grown, seeds
 
 V1_FIELDS = {
     "guidance_scale": "cfg_scale",
@@ -88,7 +88,7 @@ def v2_works(
             width, height = area_size(card, int(across) / int(down))
             request = replace(request, width=width, height=height)
     elif mask is not None and body.grow_mask:
-        mask = mask.filter(ImageFilter.MaxFilter(2 * body.grow_mask + 1))
+        mask = grown(mask, body.grow_mask)
     if image is not None:
         size = area_size(card, image.width / image.height)
         check_area(*size, pixels)
