@@ -106,14 +106,15 @@ class Limits(Strict):
 class Access(Strict):
     """Who may ask.
 
-    Keys come from the file and from the variable DIFFRAY_API_KEYS (comma-separated). Without any, the
-    service is anonymous, which it refuses to be on a public address unless `anonymous` is true.
+    Keys come from the file and from the variable DIFFRAY_API_KEYS (comma-separated; set without a key in it, it is
+    refused). Without any, the service is anonymous, which it refuses to be on a public address unless `anonymous` is
+    true, and everywhere if it is false.
     """
 
     keys: str | None = None
     """File that `diffray keys` writes; changes count within a second, without a restart."""
     anonymous: bool | None = None
-    """None: only on a loopback address and without keys."""
+    """Whether anybody may ask without a key; None: only on a loopback address and without keys."""
     origins: tuple[str, ...] = ()
     """Web origins that browsers may call from; none by default."""
     log_prompts: bool = False

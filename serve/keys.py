@@ -55,12 +55,15 @@ class KeyFile(Strict):
 
 
 class Keys:
-    """The keys of a service, from a file and the environment."""
+    """The keys of a service, from a file and the environment.
+
+    Raises:
+        InvalidConfig: the file cannot be read, or the variable of the environment holds no key.
+    """
 
     def __init__(self, path: str | None) -> None:
         self._path = None if path is None else Path(path)
-        named = os.environ.get(VARIABLE, "").split(",")
-        self._fixed = tuple(_of_environment(token.strip()) for token in named if token.strip())
+        self._fixed = tuple(_of_environment(token) for token in _tokens())
         self._read: tuple[Key, ...] = ()
         self._stamp: tuple[int, int, int] | None = None
         self._checked = 0.0
@@ -68,7 +71,7 @@ class Keys:
 
     @property
     def required(self) -> bool:
-        """Whether keys are asked for: a file or keys in the environment were configured."""
+        """Whether keys are asked for; see `configured`."""
         return self._path is not None or bool(self._fixed)
 
     def find(self, token: str) -> Key | None:
@@ -98,6 +101,15 @@ class Keys:
                 raise InvalidConfig(
                     f"{self._path}: no readable key file; make one with: diffray keys add"
                 ) from None
+
+
+def configured(path: str | None) -> bool:
+    """Whether a service with this key file, or none, has keys: those of the file or of the environment.
+
+    Raises:
+        InvalidConfig: the variable of the environment holds no key.
+    """
+    return path is not None or bool(_tokens())
 
 
 def read(path: Path) -> KeyFile:
@@ -151,6 +163,16 @@ def write(path: Path, content: KeyFile) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _tokens() -> list[str]:
+    """What the variable of the environment holds. One without a token is a mistake that would open the service."""
+    if (text := os.environ.get(VARIABLE)) is None:
+        return []
+    tokens = [token.strip() for token in text.split(",") if token.strip()]
+    if not tokens:
+        raise InvalidConfig(f"{VARIABLE} is set and holds no key: put keys into it, or unset it")
+    return tokens
 
 
 def _of_environment(token: str) -> Key:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import math
-import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -20,7 +19,7 @@ from diffray.model.adapters.choices import check_known
 from .admission import Admission, Client
 from .config import InvalidConfig, ServeConfig
 from .guardrails import Guards
-from .keys import VARIABLE, Key, Keys
+from .keys import Key, Keys, configured
 from .refusal import Refusal
 from .work import Backend, Event, Finished, ModelCard, Progress, Work
 
@@ -198,17 +197,20 @@ class Service:
 
 
 def check_access(config: ServeConfig) -> None:
-    """Returns when nobody can use the service by somebody's mistake.
+    """Returns when somebody can use the service, and nobody by somebody's mistake.
 
     Raises:
-        InvalidConfig: it has no keys and others can reach it.
+        InvalidConfig: it has no keys, and others can reach it or nobody may use it without.
     """
-    access = config.access
-    if access.keys or os.environ.get(VARIABLE) or access.anonymous or config.private:
+    anonymous = config.private if config.access.anonymous is None else config.access.anonymous
+    if anonymous or configured(config.access.keys):
         return
+    reason = f"host {config.host} can be reached by others"
+    if config.access.anonymous is False:
+        reason = "access.anonymous is false and there are no keys"
     raise InvalidConfig(
-        f"host {config.host} can be reached by others: make keys with `diffray keys add` and name their file as "
-        "access.keys, or allow everybody with access.anonymous: true"
+        f"{reason}: make keys with `diffray keys add` and name their file as access.keys, or allow everybody with "
+        "access.anonymous: true"
     )
 
 

@@ -39,7 +39,8 @@ def ask(
     if data is not None:
         named.setdefault("content-type", "application/json")
     try:
-        connection.request(method or ("GET" if body is None else "POST"), parts.path, data, named)
+        target = parts._replace(scheme="", netloc="").geturl()
+        connection.request(method or ("GET" if body is None else "POST"), target, data, named)
         response = connection.getresponse()
         answered = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, answered, response.read())

@@ -13,7 +13,7 @@ import pytest
 
 from diffray.serve import keys
 from diffray.serve.config import Access, Guardrails, InvalidConfig, Limits, ServeConfig
-from diffray.serve.service import Service
+from diffray.serve.service import Service, check_access
 
 from .ask import ask, connect, heard
 from .live import Live, live
@@ -39,9 +39,11 @@ def guarded(file: Path) -> Iterator[tuple[Live, str]]:
 def test_no_key_wrong_key_right_key(guarded: tuple[Live, str]) -> None:
     running, token = guarded
     for path in (MODELS, "/v1/models", "/sdapi/v1/options", "/v1/engines/list"):
-        assert ask(running.url + path).status in (401, 404)
-        assert ask(running.url + path, authorization="Bearer dr-wrong").status in (401, 404)
-        assert ask(running.url + f"{path}?key={token}").status in (401, 404)
+        assert ask(running.url + path).status == 401
+        assert ask(running.url + path, authorization="Bearer dr-wrong").status == 401
+        for name in ("key", "api_key", "access_token", "token", "authorization"):
+            assert ask(f"{running.url}{path}?{name}={token}").status == 401  # addresses end up in logs
+        assert ask(f"{running.url}{path}?key=any", authorization=f"Bearer {token}").status == 200
     refused = ask(running.url + MODELS)
     assert refused.status == 401
     assert refused.headers["www-authenticate"] == "Bearer"
@@ -100,6 +102,29 @@ def test_open_to_all_by_mistake_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     Service(ServeConfig(host="127.0.0.1"), Scripted())
     with pytest.raises(InvalidConfig):
         Service(ServeConfig(access=Access(keys="/nowhere/keys.json")), Scripted())
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", " , ,\n"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_variable_without_a_key_opens_nothing(
+    monkeypatch: pytest.MonkeyPatch, host: str, blank: str
+) -> None:
+    monkeypatch.setenv(keys.VARIABLE, blank)
+    with pytest.raises(InvalidConfig, match="holds no key"):
+        Service(ServeConfig(host=host), Scripted())
+    with pytest.raises(InvalidConfig, match="holds no key"):
+        check_access(ServeConfig(host="0.0.0.0"))
+
+
+def test_never_anonymous(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    monkeypatch.delenv(keys.VARIABLE, raising=False)
+    with pytest.raises(InvalidConfig, match="anonymous is false"):
+        Service(ServeConfig(access=Access(anonymous=False)), Scripted())
+    token = keys.add(file, "alice")
+    config = ServeConfig(access=Access(keys=str(file), anonymous=False), log="off")
+    with live(config, Scripted) as running:
+        assert ask(running.url + MODELS).status == 401
+        assert ask(running.url + MODELS, authorization=f"Bearer {token}").status == 200
 
 
 def test_limits_of_a_key_are_its_own(guarded: tuple[Live, str]) -> None:
