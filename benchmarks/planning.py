@@ -1,5 +1,6 @@
-"""What a large table costs the driver: `python -m benchmarks.planning`. Time and memory of planning, and of starting
-again when half of the shards are committed, each in a process of its own. No images are made.
+"""What a large table costs the driver: `python -m benchmarks.planning`. Time and memory of planning, of starting
+again when half of the shards are committed, of planning what is new in a table that grew, and of planning rows that
+have ids, each in a process of its own. No images are made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,18 @@ class Planned(Exception):
     """Raised where images would be made."""
 
 
-def table(path: Path, rows: int) -> None:
-    """A Parquet table of distinct prompts, a label and a seed."""
-    schema = pa.schema([("prompt", pa.string()), ("label", pa.int64()), ("seed", pa.int64())])
+def table(path: Path, rows: int, *, ids: bool = False) -> None:
+    """A Parquet table of distinct prompts, a label, a seed, and ids if asked for."""
+    fields = [("prompt", pa.string()), ("label", pa.int64()), ("seed", pa.int64())]
+    schema = pa.schema([*fields, ("id", pa.string())] if ids else fields)
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, CHUNK):
             numbers = np.arange(start, min(rows, start + CHUNK))
             prompts = [f"a photograph of object number {n}, studio light" for n in numbers]
-            writer.write_table(
-                pa.table({"prompt": prompts, "label": numbers % 1000, "seed": numbers}, schema)
-            )
+            columns: dict[str, Any] = {"prompt": prompts, "label": numbers % 1000, "seed": numbers}
+            if ids:
+                columns["id"] = [f"row-{n}" for n in numbers]
+            writer.write_table(pa.table(columns, schema))
 
 
 def half_committed(output: str) -> None:
@@ -92,18 +95,24 @@ def main() -> None:
         print(json.dumps(once(options.folder)))
         return
     found = []
+
+    def measure(folder: Path, rows: int, what: str) -> None:
+        found.append({"rows": rows, "what": what, **_apart(folder)})
+        print(json.dumps(found[-1]), flush=True)
+
     for rows in (*options.rows, *options.plan_only):
-        folder = Path(tempfile.mkdtemp(prefix="diffray-planning-"))
-        try:
+        with _folder() as folder:
             table(folder / "in.parquet", rows)
-            found.append({"rows": rows, "what": "plan", **_apart(folder)})
-            print(json.dumps(found[-1]), flush=True)
+            measure(folder, rows, "plan")
             if rows in options.rows:
                 half_committed(str(folder / "out"))
-                found.append({"rows": rows, "what": "start again, half committed", **_apart(folder)})
-                print(json.dumps(found[-1]), flush=True)
-        finally:
-            shutil.rmtree(folder)
+                measure(folder, rows, "start again, half committed")
+                table(folder / "in.parquet", rows + rows // 10)
+                measure(folder, rows + rows // 10, "plan the tenth that is new")
+        if rows in options.rows:
+            with _folder() as folder:
+                table(folder / "in.parquet", rows, ids=True)
+                measure(folder, rows, "plan, with ids")
     kind = machine.kind(torch.device("cpu"))
     values = {
         "name": "planning",
@@ -113,6 +122,15 @@ def main() -> None:
     }
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / f"planning-{kind}.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="diffray-planning-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def _apart(folder: Path) -> dict[str, float]:
