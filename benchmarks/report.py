@@ -29,6 +29,7 @@ SCALE = (
     "whole job, s",
 )
 PLANNING = ("rows", "what", "s", "peak memory, MiB", "of it imports, MiB")
+FAULTS = ("scenario", "found")
 JOBS = ("measured", "what", "bare engine, s", "job, s", "overhead", "max diff", "drift")
 
 
@@ -53,6 +54,9 @@ def table(folder: Path = RESULTS) -> str:
             if one["kind"] == kind and "planning" in one:
                 parts += ["The driver's part of a large table, before the first image:"]
                 parts += [_table(PLANNING, [_planning(row) for row in one["planning"]])]
+            if one["kind"] == kind and "faults" in one:
+                parts += ["The service under abuse (`python -m tests.serve.soak`), s and MB:"]
+                parts += [_table(FAULTS, [_fault(row) for row in one["faults"]])]
         for one in served:
             parts += [_served(one), _table(HEAD, [list(cells) for cells in served_table(one["loads"])])]
     return "\n\n".join(parts) or "No results yet."
@@ -121,6 +125,20 @@ def _planning(row: dict[str, Any]) -> list[str]:
         f"{row['peak_mib']:.0f}",
         f"{row['imports_mib']:.0f}",
     ]
+
+
+def _fault(row: dict[str, Any]) -> list[str]:
+    figures = ((name.replace("_", " "), value) for name, value in row.items() if name != "scenario")
+    return [row["scenario"], "; ".join(f"{name} {_plain(value)}" for name, value in figures)]
+
+
+def _plain(value: Any) -> str:
+    """Figures of any depth without brackets of a program; of a long list its ends."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return " -> ".join(_plain(one) for one in ([value[0], value[-1]]))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _interval(found: dict[str, float] | None) -> str:
