@@ -99,8 +99,10 @@ def _start(context: typer.Context, values: dict[str, Any], own: Mapping[str, Any
 def _show(config: JobConfig, *, rate: float | None = None, measure: bool = False) -> None:
     from diffray.pipelines import preview
 
-    for line in preview(config, rate=rate, measure=measure).lines():
+    found = preview(config, rate=rate, measure=measure)
+    for line in found.lines():
         typer.echo(line)
+    config.check_rejected(found.rejected, found.images, "a run would stop at this plan")
 
 
 def _run(config: JobConfig, take_over: bool) -> None:

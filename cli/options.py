@@ -39,6 +39,13 @@ class JobOption:
 PAINTING = ("generate", "augment", "inpaint", "outpaint", "edit", "upscale")
 PICTURED = (*PAINTING, "decode")
 SOURCED = ("augment", "inpaint", "outpaint", "edit", "upscale", "encode")
+MAX_REJECTED = JobOption(
+    "max_rejected",
+    _option(
+        float | None, "Share of rejected images above which to end with exit code 4; by default if all are."
+    ),
+    "max_rejected",
+)
 OPTIONS = (
     JobOption(
         "model",
@@ -97,6 +104,7 @@ OPTIONS = (
         PAINTING,
     ),
     JobOption("limit", _option(int | None, "Only the first rows."), "limit"),
+    MAX_REJECTED,
     JobOption("steps", Steps, "defaults.steps", PAINTING),
     JobOption(
         "strength",

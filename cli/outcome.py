@@ -4,6 +4,7 @@
 1    failed; a batch job goes on from there when run again
 2    the command, the job or a value is not valid; nothing was started
 3    refused: the output belongs to another job or driver
+4    more rows are rejected than `max_rejected` allows: all is made and committed, or the plan alone was too much
 130  stopped by Ctrl-C     143  stopped by SIGTERM; both can be resumed
 """
 
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 
 import typer
 
-FAILED, INVALID, CONFLICT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
+FAILED, INVALID, CONFLICT, REJECTED, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
 
 
 class _Terminated(BaseException):
@@ -52,7 +53,7 @@ def _terminate(number: int, frame: object) -> None:
 
 def _explained(error: Exception) -> tuple[str, int]:
     """The line and the exit code of an error."""
-    from diffray.model.errors import DiffrayError, InvalidRequest, JobConflict
+    from diffray.model.errors import DiffrayError, InvalidRequest, JobConflict, TooManyRejected
     from diffray.pipelines import InvalidJob
     from diffray.serve.config import InvalidConfig
 
@@ -60,6 +61,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return str(error), INVALID
     if isinstance(error, JobConflict):
         return str(error), CONFLICT
+    if isinstance(error, TooManyRejected):
+        return str(error), REJECTED
     if isinstance(error, DiffrayError):
         return str(error), FAILED
     return f"{type(error).__name__}: {error}", FAILED

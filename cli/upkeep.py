@@ -10,7 +10,7 @@ import typer
 
 from .batch import TakeOver
 from .command import job_values, with_options
-from .options import OPTIONS
+from .options import MAX_REJECTED, OPTIONS
 from .outcome import FAILED, reported
 from .storage import Anonymous, Endpoint, Profile, Storage, storage_from
 
@@ -94,12 +94,9 @@ def _retry_rejected(context: typer.Context, output: str, take_over: bool = False
         from diffray.pipelines import retry_rejected as retry
 
         values = job_values(given)
-        storage, workers = values.pop("storage", {}), values.pop("workers", {})
-        if values:
-            raise typer.BadParameter(f"--job {next(iter(values))}: only workers may differ from the job")
-        result = retry(
-            output, workers=workers, storage=storage, take_over=take_over, progress=for_this_terminal()
-        )
+        if odd := sorted(values.keys() - {"workers", "max_rejected", "storage"}):
+            raise typer.BadParameter(f"--job {odd[0]}: only workers may differ from the job")
+        result = retry(output, **values, take_over=take_over, progress=for_this_terminal())
         if not result.made:
             typer.echo(f"nothing to do: no row of {output} is rejected")
             return
@@ -112,7 +109,7 @@ retry_rejected = with_options(
     "Run the rejected rows of a finished job again, with its own config and seeds; on workers as in its last run, "
     "unless told otherwise.",
     {"output": Output},
-    [one for one in OPTIONS if one.key.startswith("workers.")],
+    [MAX_REJECTED, *(one for one in OPTIONS if one.key.startswith("workers."))],
     {"take_over": TakeOver},
 )
 

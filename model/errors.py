@@ -9,7 +9,8 @@
     └── JobError             a batch job refuses to start or go on
         ├── JobConflict      the output belongs to another job, or config, model or input changed
         ├── StorageError     the output cannot be read or written: full, out of reach, access refused
-        └── AccountingError  planned images, written images and rejected rows do not add up
+        ├── AccountingError  planned images, written images and rejected rows do not add up
+        └── TooManyRejected  more rows were rejected than the job allows
 
 A message names the object (row id, file, tensor key, field), what was got and what is allowed.
 """
@@ -68,3 +69,7 @@ class StorageError(JobError):
 
 class AccountingError(JobError):
     """Planned images, written images and rejected rows do not add up."""
+
+
+class TooManyRejected(JobError):
+    """More of a job's rows were rejected than it allows. What was made is committed and reported."""

@@ -14,6 +14,8 @@ import yaml
 from PIL import ImageColor
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from diffray.model.errors import TooManyRejected
+
 from .checks import Checks
 from .strict import InvalidJob as InvalidJob
 from .strict import Strict as Strict
@@ -200,6 +202,9 @@ class JobConfig(Strict):
     """Mixed with each image's id where its row gives no seed."""
     limit: int | None = Field(default=None, ge=1)
     """Only the first rows of the input."""
+    max_rejected: float | None = Field(default=None, ge=0, le=1)
+    """The share of rejected images above which the job ends as failed, although all is committed and reported; if the
+    plan alone rejects more, no engine starts. None fails only a job of which every image is rejected, 1 none."""
     pictures: Pictures = Pictures()
     encoding: Encoding = Encoding()
     shards: ShardLimits = ShardLimits()
@@ -229,6 +234,19 @@ class JobConfig(Strict):
         if len({repr(options) for options in self.models.values()}) < len(self.models):
             raise ValueError("models: two names for the same options")
         return self
+
+    def check_rejected(self, rejected: int, planned: int, where: str) -> None:
+        """Refuse a job of whose images too many are rejected; `where` says what was done, and where the reasons are.
+
+        Raises:
+            TooManyRejected: more than `max_rejected` allows.
+        """
+        share, limit = rejected / max(1, planned), self.max_rejected
+        if share == 1 if limit is None else share > limit:
+            allowed = "not all may be" if limit is None else f"max_rejected allows {limit:g}"
+            raise TooManyRejected(
+                f"{rejected} of {planned} images are rejected ({share:.4g}), {allowed}; {where}"
+            )
 
     def placed(self) -> JobConfig:
         """The same job with absolute local paths: a relative one means something else where a worker runs."""

@@ -72,6 +72,8 @@ def run(
         InvalidJob: config or input are wrong as a whole.
         JobConflict: the output belongs to another job or driver, or something changed since the job began.
         AccountingError: images and rejected rows do not add up to the plan.
+        TooManyRejected: more than `max_rejected` of the images are rejected; the output is complete nevertheless,
+            unless the plan alone rejects too many: then no engine was started.
     """
     started = time.monotonic()
     options = config.storage_options(config.output)
@@ -87,7 +89,7 @@ def run(
     if plan := read_plan(store):
         check(store, mine)
         if plan.input == files and is_finished(store, plan):
-            return result(store, plan, 0, started)
+            return result(store, config, plan, 0, started)
     with Lock.acquire(store, take_over=take_over) as lock:
         plan = read_plan(store)
         if plan is None:
@@ -96,7 +98,7 @@ def run(
         elif plan.input != files:
             plan = grow(store, config, kinds, source, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
-    return result(store, plan, made, started)
+    return result(store, config, plan, made, started)
 
 
 def complete(
@@ -155,9 +157,15 @@ def _shares(config: JobConfig, plan: Plan, pending: Sequence[int]) -> list[Share
     return [Share(options, shards) for options, shards in shares if shards]
 
 
-def result(store: Store, plan: Plan, made: int, started: float) -> JobResult:
-    """How a finished job ended, as its success mark says."""
+def result(store: Store, config: JobConfig, plan: Plan, made: int, started: float) -> JobResult:
+    """How a finished job ended, as its success mark says.
+
+    Raises:
+        TooManyRejected: it has more rejected rows than its config allows.
+    """
     totals = json.loads(store.read(SUCCESS))
+    where = f"all is committed, the reasons are in {store.path('rejected')}"
+    config.check_rejected(totals["rejected"], plan.images, where)
     seconds = time.monotonic() - started
     return JobResult(store.url, totals["images"], totals["rejected"], plan.shards, made, seconds)
 

@@ -18,8 +18,8 @@ from .store import Store
 
 JOB = "_diffray/job.json"
 DEVICE = "_diffray/device.json"
-_ELSEWHERE: Any = {"input": True, "output": True, "workers": True, "pictures": {"root"}}
-"""Where the job reads, writes and runs: that may change."""
+_ELSEWHERE: Any = {"input": True, "output": True, "workers": True, "max_rejected": True, "pictures": {"root"}}
+"""Where the job reads, writes and runs, and what it calls a failure: that may change."""
 VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
 """The software that decides the bytes of images, image files and Parquet files."""
 

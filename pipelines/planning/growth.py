@@ -1,7 +1,8 @@
 """A job whose input grew: the new rows become further shards, after proof that the old rows are what they were.
 
-The proof compares what was planned with what would be planned now, image by image and by id, so neither the
-order of rows nor the names of files matter.
+The proof compares what was planned with what would be planned now, image by image and by id. The order of rows and
+the names of files do not matter, except where pictures or other large values stand in tables or tars: an image refers
+to these by file and place, and is another one when they move.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from ..report import SUCCESS
 from .hashes import ImageHashes
-from .plan import Plan, folders, planned, read_shard, record_plan, write_shards
+from .plan import UNSTARTED, Plan, folders, planned, read_shard, record_plan, write_shards
 from .rows import PlannedImage
 
 BATCH = 1000
@@ -35,6 +36,7 @@ def grow(
     Raises:
         JobConflict: a planned image is gone from the input or would be another one now; names it.
         InvalidJob: the input as a whole is unusable, or it changed while it was read.
+        TooManyRejected: the larger plan alone rejects more than the job allows; nothing is recorded.
     """
     files = source.fingerprint()
     survey, images = planned(config, models, source)
@@ -49,6 +51,7 @@ def grow(
     known.check_all_seen()
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
+    config.check_rejected(plan.rejected + wrote.rejected, plan.images + wrote.images, UNSTARTED)
     larger = replace(
         plan,
         rows=survey.rows,

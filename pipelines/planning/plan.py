@@ -32,6 +32,8 @@ PLANS = "_diffray/plans"
 WRITERS = 8
 """Plan shards that are written at once: an object store takes longer for one than planning it does."""
 
+UNSTARTED = "nothing was started; `diffray plan` and --dry-run show the first reasons"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -94,12 +96,14 @@ def write_plan(store: Store, config: JobConfig, models: Mapping[str, ModelConfig
     Raises:
         InvalidJob: the input as a whole is unusable (no prompt column, duplicate ids, ...), or it changed
             while it was read.
+        TooManyRejected: the plan alone rejects more than the job allows; nothing is recorded.
     """
     files = source.fingerprint()
     survey, images = planned(config, models, source)
     wrote = write_shards(store, images, survey.user.schema, config.shards)
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
+    config.check_rejected(wrote.rejected, wrote.images, UNSTARTED)
     plan = Plan(
         survey.rows,
         wrote.images,

@@ -127,6 +127,7 @@ def retry_rejected(
     output: str,
     *,
     workers: Mapping[str, Any] | None = None,
+    max_rejected: float | None = None,
     storage: Mapping[str, Mapping[str, Any]] | None = None,
     take_over: bool = False,
     progress: Progress | None = None,
@@ -143,18 +144,20 @@ def retry_rejected(
         output: the dataset.
         workers: `workers` of the job config, for this run; what they do not say is as in the job's last run, but
             for the cluster's address.
-        storage: `storage` of the job config.
+        max_rejected, storage: of the job config.
         take_over, progress, models, store, generate: as for `run`.
 
     Raises:
         JobError: the job itself is not finished yet.
         JobConflict: model or software differ from the job's.
+        TooManyRejected: more than `max_rejected` of the job's images still are.
     """
     started = time.monotonic()
     store = store or Store(output, storage_options(storage or {}, output))
     values: dict[str, Any] = {
         "output": output,
         "workers": {**last_workers(read_runs(store)), **(workers or {})},
+        "max_rejected": max_rejected,
         "storage": dict(storage or {}),
     }
     progress = progress or Silent()
@@ -174,7 +177,7 @@ def retry_rejected(
         if not missing:
             plan = _plan_again(store, config, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
-    return result(store, plan, made, started)
+    return result(store, config, plan, made, started)
 
 
 def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:

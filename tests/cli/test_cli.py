@@ -142,6 +142,23 @@ def test_a_conflict_exits_3_and_shows_the_difference(table: Path, tmp_path: Path
     assert "  config.seed: 0 -> 9" in error.splitlines()
 
 
+@pytest.mark.usefixtures("fake")
+def test_too_many_rejected_rows_exit_4_and_the_rest_is_there(table: Path, tmp_path: Path) -> None:
+    command = ["generate", table, tmp_path / "o", "--max-rejected"]
+    code, _, error = diffray(*command, 0.4)
+    assert code == 4
+    assert error.splitlines()[-1] == (
+        "diffray: 1 of 2 images are rejected (0.5), max_rejected allows 0.4; all is committed, the reasons are in "
+        f"{tmp_path}/o/rejected"
+    )
+    assert job_status(str(tmp_path / "o")).phase == "complete"
+    assert diffray(*command, 0.5)[0] == 0
+    assert diffray("generate", table, tmp_path / "p", "--set", "width=wide", "--dry-run")[0] == 2
+    (tmp_path / "w.csv").write_text("prompt,width\nx,wide\n")
+    code, text, error = diffray("generate", tmp_path / "w.csv", tmp_path / "p", "--dry-run")
+    assert (code, "width: got 'wide'" in text, "not all may be; a run would stop" in error) == (4, True, True)
+
+
 def test_a_failure_exits_1_and_debug_shows_where(
     table: Path, tmp_path: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,7 @@ OTHER = {
     "images_per_prompt": 2,
     "seed": 9,
     "limit": 5,
+    "max_rejected": 0.25,
     "pictures.root": "pics",
     "pictures.background": "#aabbcc",
     "pictures.max_side": 64,

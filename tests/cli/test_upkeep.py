@@ -68,6 +68,7 @@ def test_verify_and_repair(out: Path, table: Path) -> None:
 
 def test_retry_rejected(out: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert diffray("retry-rejected", out)[1].startswith("1 images, 1 still rejected, ")
+    assert diffray("retry-rejected", out, "--max-rejected", 0.4)[0] == 4
     monkeypatch.setattr(fake.FakeEngine, "poisonous", False)
     assert diffray("retry-rejected", out)[1].startswith("2 images, 0 still rejected, ")
     assert diffray("retry-rejected", out)[1] == f"nothing to do: no row of {out} is rejected\n"

@@ -69,6 +69,7 @@ class Place:
         values.setdefault("model", {"options": {"log": str(self.log)}})
         values.setdefault("shards", {"images": 3})
         values.setdefault("contact_sheet", 4)
+        values.setdefault("max_rejected", 1)
         return JobConfig.checked({"input": input, "output": str(self.path / output), **values})
 
     def job(self, input: str, output: str = "out", **values: Any) -> JobResult:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffray.model.errors import AccountingError, JobConflict, JobError
+from diffray.model.errors import AccountingError, JobConflict, JobError, TooManyRejected
 from diffray.pipelines import InvalidJob, JobConfig, Store, repair
 from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.worker import Share
@@ -135,6 +135,51 @@ def test_foreign_files_are_never_touched(place: Place) -> None:
     with pytest.raises(JobConflict, match=r"thesis\.doc"):
         place.job(table)
     assert (place.path / "out" / "thesis.doc").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("limit", "poisoned", "said"),
+    [
+        (None, 4, r"4 of 4 images are rejected \(1\), not all may be"),
+        (None, 3, None),
+        (1.0, 4, None),
+        (0.5, 2, None),
+        (0.5, 3, r"3 of 4 images are rejected \(0.75\), max_rejected allows 0.5"),
+        (
+            0.0,
+            1,
+            r"1 of 4 images are rejected \(0.25\), max_rejected allows 0; all is committed, .*out/rejected",
+        ),
+    ],
+)
+def test_too_many_rejected_rows_fail_a_job_that_is_whole(
+    place: Place, limit: float | None, poisoned: int, said: str | None
+) -> None:
+    rows = ["POISON"] * poisoned + ["p"] * (4 - poisoned)
+    table = place.write("\n".join(["prompt", *rows]))
+    for begun in (4, 4):  # run again, a finished job fails again, and makes nothing
+        if said:
+            with pytest.raises(TooManyRejected, match=said):
+                place.job(table, max_rejected=limit)
+        else:
+            place.job(table, max_rejected=limit)
+        assert len(place.begun()) == begun
+    report = json.loads((place.path / "out/report.json").read_text())
+    assert (report["images"], report["rejected"]) == (4 - poisoned, poisoned)
+    assert len(place.rows(folder="rejected")) == poisoned
+    assert place.job(table, max_rejected=1).rejected == poisoned, "the limit may change"
+
+
+def test_a_plan_that_rejects_too_many_starts_no_engine_and_a_corrected_table_may_follow(place: Place) -> None:
+    bad, good = "id,prompt,width\na,x,\nb,x,wide\nc,x,wide\n", "id,prompt,width\na,x,\nb,x,16\nc,x,wide\n"
+    with pytest.raises(TooManyRejected, match=r"2 of 3 .* nothing was started; `diffray plan`"):
+        place.job(place.write(bad), max_rejected=0.5)
+    assert (place.begun(), (place.path / "out/_diffray/plans").exists()) == ([], False)
+    assert place.job(place.write(good), max_rejected=0.5).images == 2
+    grown = good + "".join(f"{name},x,wide\n" for name in "defg")
+    with pytest.raises(TooManyRejected, match="5 of 7"):
+        place.job(place.write(grown), max_rejected=0.5)
+    assert place.job(place.write(good), max_rejected=0.5).made == 0, "the smaller plan still holds"
 
 
 @pytest.mark.parametrize(
