@@ -85,7 +85,8 @@ class Checks(Strict):
     """Columns `blank`, `brightness`, `contrast`, `sharpness` and `phash`."""
     near_duplicates: int | None = Field(default=None, ge=0, le=10)
     """Column `phash`, and a table `duplicates.parquet` of the images that differ by at most this many of its 64 bits
-    from an earlier one. 4 finds re-encoded and slightly changed pictures, above 10 unlike ones appear."""
+    from an earlier one. 4 finds re-encoded and slightly changed pictures, above 10 unlike ones appear. A table,
+    no column: a shard's bytes must not depend on other shards."""
     clip: str | None = None
     """Path, URL or hub id of a CLIP model (a folder, safetensors): column `clip_score`, prompt against picture."""
     safety: str | None = None

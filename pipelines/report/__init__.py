@@ -2,6 +2,7 @@
 
     contact_sheet.png                  sheet.py       some images at a glance
     gallery.html                       gallery.py     more of them, to search and filter
+    scores.svg                         charts.py      how the scores are spread
     duplicates.parquet                 duplicates.py  images that look like an earlier one
     README.md                          card.py        the dataset card
     report.json, throughput.svg        account.py     totals, times and costs: the files that are not the same twice
@@ -21,7 +22,7 @@ from ..outputs.sample import Sample
 from ..outputs.store import SCRATCH, Store
 from ..planning.plan import Plan
 from ..runs import prompts, read_runs
-from . import account, card, duplicates, gallery, sheet
+from . import account, card, charts, duplicates, gallery, sheet
 from .account import TIMED_FILES as TIMED_FILES
 
 SUCCESS = "_diffray/SUCCESS.json"
@@ -79,8 +80,10 @@ def _write_pages(
         store.write(sheet.NAME, sheet.contact_sheet(found.shown, config.contact_sheet))
     if config.gallery and found.shown:
         store.write(gallery.NAME, gallery.gallery(found, totals, refused, alike, models))
+    if plots := charts.histograms(found.scores):
+        store.write(charts.NAME, charts.stacked(plots).encode())
     columns = list(found.scores) + (["phash"] if len(found.hashes) else [])
-    store.write(card.NAME, card.card(config, models, totals, refused, columns, alike).encode())
+    store.write(card.NAME, card.card(config, models, totals, refused, columns, alike, bool(plots)).encode())
 
 
 def _is_data(path: str) -> bool:

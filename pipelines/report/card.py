@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCardData
 
 from ..config import JobConfig
 from .account import Refusals
+from .charts import NAME as CHARTS
 from .duplicates import NAME as DUPLICATES
 
 NAME = "README.md"
@@ -47,6 +48,7 @@ def card(
     refused: Sequence[Refusals],
     scores: Sequence[str],
     duplicates: int | None,
+    charts: bool = False,
 ) -> str:
     """The whole file. It holds no times and no places: the same dataset has the same card."""
     images = totals["images"]
@@ -75,11 +77,12 @@ def card(
     if scores:
         lines = [f"| `{name}` | {COLUMNS.get(name, 'by a scorer of the job')} |" for name in scores]
         parts += ["## Scores", "\n".join(["| column | meaning |", "| --- | --- |", *lines])]
+        parts += [f"![How they are spread]({CHARTS})"] if charts else []
     if duplicates is not None:
         bits = config.checks.near_duplicates
         parts.append(
             f"Near duplicates: {duplicates:,}. Their `phash` differs by at most {bits} bits from that of an earlier "
-            f"image, which `{DUPLICATES}` names."
+            f"image, which `{DUPLICATES}` names; leave them out by a join on `id`."
         )
     if refused:
         parts += ["## Rejected rows", _table(refused)]

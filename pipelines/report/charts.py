@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
+NAME = "scores.svg"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 320, 120, 8, 18, 22
 STYLE = (
     "<style>text{font:11px system-ui,sans-serif;fill:#57606a}.t{font-weight:600;fill:#24292f}"
@@ -28,6 +29,26 @@ def histogram(title: str, values: NDArray[np.float64], bins: int = 40) -> str:
     counts, _ = np.histogram(known, bins=bins if high > low else 1)
     middle = f"median {number(float(np.median(known)))}" + (f", {missing:,} missing" if missing else "")
     return _chart(title, counts.tolist(), number(low), middle, number(high))
+
+
+def histograms(columns: Mapping[str, NDArray[np.float64]]) -> list[str]:
+    """One for each column but those that say yes or no, where a count tells all."""
+    return [histogram(name, values) for name, values in columns.items() if not is_flag(values)]
+
+
+def is_flag(values: NDArray[np.float64]) -> bool:
+    """Whether a column says yes or no."""
+    return bool(np.isin(values[np.isfinite(values)], (0, 1)).all())
+
+
+def stacked(charts: Sequence[str]) -> str:
+    """Charts below each other, as a file of its own."""
+    parts = [
+        f'<svg y="{i * HEIGHT}" width="{WIDTH}" height="{HEIGHT}"{chart.removeprefix("<svg")}'
+        for i, chart in enumerate(charts)
+    ]
+    size = f'viewBox="0 0 {WIDTH} {len(charts) * HEIGHT}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(parts)}</svg>'
 
 
 def bars(

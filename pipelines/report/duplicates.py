@@ -1,5 +1,8 @@
 """Near duplicates over a whole dataset, by the bits in which perceptual hashes differ.
 
+They are a table beside the data and not a column in it: whether an image is one depends on all others, and a shard's
+bytes must depend on no other shard, so that it can be committed, repaired and continued by itself.
+
 Two hashes within d bits of each other agree in all but d of any d + m bands, so in at least m whole ones
 (Manku et al. 2007). For every choice of m bands the hashes are sorted by these bits alone, and only those
 that agree there are compared. m is what costs least for the number of images at hand.

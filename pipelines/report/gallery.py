@@ -15,11 +15,10 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..outputs.index import Index
 from .account import Refusals
-from .charts import histogram
+from .charts import histograms, is_flag
 
 NAME = "gallery.html"
 MAX_TEXT = 2000
@@ -41,7 +40,7 @@ def gallery(
     )
     tiles = [("images", totals["images"]), ("rejected", totals["rejected"])]
     tiles += [("near duplicates", duplicates)] if duplicates is not None else []
-    tiles += [(name, int(np.nansum(values))) for name, values in index.scores.items() if _is_flag(values)]
+    tiles += [(name, int(np.nansum(values))) for name, values in index.scores.items() if is_flag(values)]
     data = {
         "summary": f"{len(index.shown):,} of {totals['images']:,}, made by diffray with {', '.join(models)}",
         "tiles": [(name, f"{value:,}") for name, value in tiles],
@@ -67,7 +66,7 @@ def gallery(
 
 
 def _charts(index: Index) -> str:
-    charts = "".join(histogram(n, values) for n, values in index.scores.items() if not _is_flag(values))
+    charts = "".join(histograms(index.scores))
     if not charts:
         return ""
     return (
@@ -87,11 +86,6 @@ def _inert(data: Mapping[str, Any]) -> str:
     """JSON that cannot end the element it stands in."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _is_flag(values: NDArray[np.float64]) -> bool:
-    """Whether a column says yes or no, so that a count tells all."""
-    return bool(np.isin(values[np.isfinite(values)], (0, 1)).all())
 
 
 def _cut(value: Any) -> Any:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -124,6 +126,25 @@ def test_large_datasets_show_a_sample(place: Place) -> None:
     ]
     assert place.job(table, "none", gallery=0).images == 120
     assert not (place.path / "none/gallery.html").exists()
+
+
+def test_scores_are_plotted_without_a_gallery(place: Place) -> None:
+    checks = {"measures": True}
+    place.job(place.write("prompt,n\nx,9\n"), gallery=0, contact_sheet=0, checks=checks)
+    tree = ElementTree.fromstring((place.path / "out/scores.svg").read_text())
+    svg = "{http://www.w3.org/2000/svg}"
+    charts = {one.attrib["aria-label"]: one for one in tree.iter(f"{svg}svg") if "aria-label" in one.attrib}
+    assert list(charts) == ["brightness", "contrast", "sharpness"]  # blank says yes or no
+    values = np.array([row["brightness"] for row in place.rows()])
+    counts, _ = np.histogram(values, bins=40)
+    heights = [float(bar.attrib["height"]) for bar in charts["brightness"].iter(f"{svg}rect")]
+    top = max(heights)
+    assert heights == pytest.approx([top * n / counts.max() for n in counts if n], abs=0.02)
+    assert len({one.attrib["y"] for one in charts.values()}) == 3
+    assert "(scores.svg)" in (place.path / "out/README.md").read_text()
+    place.job(place.write("prompt\nx\n"), "plain")
+    assert not (place.path / "plain/scores.svg").exists()
+    assert "scores.svg" not in (place.path / "plain/README.md").read_text()
 
 
 def test_a_job_that_grew_shows_the_same_as_one_from_the_start(place: Place) -> None:
