@@ -139,8 +139,14 @@ class Store:
             return 0
         bucket, _, prefix = self._root.partition("/")
         with self._told("unfinished uploads"):
-            found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
-            old = [one for one in found.get("Uploads", []) if (_age(one, "Initiated") or 0) >= age]
+            found, after = [], dict[str, str]()
+            while True:
+                page = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **after)
+                found += page.get("Uploads", [])
+                if not page.get("IsTruncated"):
+                    break
+                after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            old = [one for one in found if (_age(one, "Initiated") or 0) >= age]
             for one in old:
                 self._fs.abort_mpu(bucket, one["Key"], one["UploadId"])
         return len(old)

@@ -304,6 +304,29 @@ def test_unfinished_uploads_are_aborted_by_age_and_folder(s3: S3) -> None:
     assert other.abort_uploads(0) == 1
 
 
+def test_all_pages_of_unfinished_uploads_are_aborted(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 lists a thousand at a time; moto lists all at once, so they are cut into pages here."""
+    store, files = Store(s3.folder(), s3.options()), s3.filesystem()
+    bucket, _, root = store.path("").partition("/")
+    for name in ("a", "b", "b", "b", "c"):
+        files.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{root}{name}")
+    call, pages = store._fs.call_s3, []
+
+    def paged(verb: str, **query: Any) -> Any:
+        after = query.pop("KeyMarker", ""), query.pop("UploadIdMarker", "")
+        found = sorted(call(verb, **query)["Uploads"], key=lambda one: (one["Key"], one["UploadId"]))
+        rest = [one for one in found if (one["Key"], one["UploadId"]) > after]
+        page, more = rest[:2], len(rest) > 2
+        pages.append(len(page))
+        last = {"NextKeyMarker": page[-1]["Key"], "NextUploadIdMarker": page[-1]["UploadId"]} if more else {}
+        return {"Uploads": page, "IsTruncated": more, **last}
+
+    monkeypatch.setattr(store._fs, "call_s3", paged)
+    assert store.abort_uploads(0) == 5
+    assert pages == [2, 2, 1]
+    assert not call("list_multipart_uploads", Bucket=bucket, Prefix=root).get("Uploads")
+
+
 # Opening ---------------------------------------------------------------------------------------------------
 
 
