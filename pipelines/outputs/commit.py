@@ -21,13 +21,13 @@ from diffray.model.errors import AccountingError, JobConflict
 
 from ..planning.plan import Plan
 from .parts import PART, Made, Outcome, Output, Part, Rejected, leftovers, part_files
-from .store import Store
+from .store import Store, side_by_side
 from .tables import PlanShard
 
 COMMITS = "_diffray/commits"
 HISTORY = "_diffray/history"
 IMAGES = "data/images"
-READERS, WRITERS = 16, 8
+WRITERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,7 @@ def read_commit(store: Store, shard: int) -> Commit:
 
 def read_commits(store: Store, shards: Iterable[int]) -> list[Commit]:
     """Several records in brief, read side by side."""
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda shard: brief(read_commit(store, shard)), shards))
+    return list(side_by_side(lambda shard: brief(read_commit(store, shard)), shards))
 
 
 def brief(commit: Commit) -> Commit:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .sample import Sample
-from .store import Store
+from .store import Store, side_by_side
 from .tables import parquet
 
 INDEX = "_diffray/index"
 THUMBNAIL = 256
 """Pixels of a thumbnail's longer side."""
-READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ def read_index(store: Store, shards: Sequence[int], sample: Sample) -> Index:
     found = Index()
     scores: dict[str, list[NDArray[np.float64]]] = {}
     hashes: list[NDArray[np.uint64]] = []
-    for table in _tables(store, shards):
+    for table in side_by_side(lambda n: pq.read_table(io.BytesIO(store.read(index_path(n)))), shards):
         found.starts.append(found.images)
         found.images += len(table)
         for name in table.column_names:
@@ -109,14 +107,6 @@ def ids(store: Store, shard: int) -> list[str]:
     """The ids of a shard's images, in order."""
     table = pq.read_table(io.BytesIO(store.read(index_path(shard))), columns=["id"])
     return [str(name) for name in table.column("id").to_pylist()]
-
-
-def _tables(store: Store, shards: Sequence[int]) -> Iterator[pa.Table]:
-    """The index tables in order, read side by side but never many ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        for at in range(0, len(shards), 4 * READERS):
-            some = shards[at : at + 4 * READERS]
-            yield from pool.map(lambda n: pq.read_table(io.BytesIO(store.read(index_path(n)))), some)
 
 
 def _shown(table: pa.Table, sample: Sample) -> list[Shown]:

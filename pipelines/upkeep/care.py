@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from posixpath import dirname
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..making.models import Models
 from ..outputs.commit import Commit, commit_path, committed, current_path, read_commit
 from ..outputs.fingerprint import check, fingerprint, recorded_config
 from ..outputs.lock import Lock
-from ..outputs.store import SCRATCH, Store
+from ..outputs.store import SCRATCH, Store, side_by_side
 from ..planning.plan import Plan, read_plan, read_shard, record_plan, shard_path, write_shards
 from ..planning.rows import PlannedImage
 from ..progress import Progress, Silent
@@ -116,8 +117,11 @@ def _retried_ids(store: Store, plan: Plan, number: int) -> set[str]:
     if number >= plan.retried:
         return set()
     mine = {image.id for image in read_shard(store, number).images}
-    later = range(number + 1, plan.shards)
-    return {image.id for shard in later for image in read_shard(store, shard).images if image.id in mine}
+    later = side_by_side(
+        lambda shard: mine & {image.id for image in read_shard(store, shard).images},
+        range(number + 1, plan.shards),
+    )
+    return set().union(*later)
 
 
 # Rejected rows again ---------------------------------------------------------------------------------------
@@ -182,10 +186,12 @@ def retry_rejected(
 
 def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
     """The plan with all rejected rows once more at its end."""
-    if not any(read_commit(store, n).rejected for n in range(plan.retried, plan.shards)):
+    images = _rejected(store, plan)
+    first = next(images, None)
+    if first is None:
         return plan
     user = read_shard(store, 0).user
-    wrote = write_shards(store, _rejected(store, plan), user, config.shards, plan.shards)
+    wrote = write_shards(store, chain([first], images), user, config.shards, plan.shards)
     names = {**plan.models, **wrote.models}
     again = replace(
         plan,
@@ -200,10 +206,12 @@ def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
 
 
 def _rejected(store: Store, plan: Plan) -> Iterator[PlannedImage]:
-    for number in range(plan.retried, plan.shards):
+    def of(number: int) -> list[PlannedImage]:
         reasons = read_commit(store, number).reasons
-        if reasons:
-            yield from (image for image in read_shard(store, number).images if image.id in reasons)
+        images = read_shard(store, number).images if reasons else ()
+        return [image for image in images if image.id in reasons]
+
+    return chain.from_iterable(side_by_side(of, range(plan.retried, plan.shards)))
 
 
 # Leftovers -------------------------------------------------------------------------------------------------
@@ -235,7 +243,8 @@ def collect(store: Store, age: float, *, dry_run: bool = False, take_over: bool 
     planned_job(store)
     with Lock.acquire(store, take_over=take_over):
         plan, done = planned_job(store), committed(store)
-        named = {str(file["path"]) for n in done for file in read_commit(store, n).files}
+        files = chain.from_iterable(side_by_side(lambda n: read_commit(store, n).files, done))
+        named = {str(file["path"]) for file in files}
         orphans = [path for path in _old(store, age) if path not in named and _MINE.fullmatch(path)]
         orphans += [f"{SCRATCH}/{name}" for name in _old_in(store, SCRATCH, age)]
         folder = dirname(shard_path(0))
