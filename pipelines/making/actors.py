@@ -17,7 +17,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,18 +26,17 @@ from diffray.model.allocator import keep_freed_memory
 from diffray.model.errors import DiffrayError, JobError
 
 from ..arrival import ARRIVED
-from ..config import JobConfig, Workers
+from ..config import JobConfig
 from ..metrics import ImageMeter, PoolMeter
 from ..outputs.fingerprint import settled_threads
 from ..outputs.store import Store
 from . import backlog, board
 from .models import Models, shown_name
 from .pools import Ended, Pool, Pulse, turns
+from .size import Size
 from .texts import Texts, text_pool
 from .worker import Share, Task, Worker, WorkerBroken
 
-CORES_PER_ENGINE = 8
-"""On CPU one engine gains little from more cores than this."""
 INIT_DEATHS = 3
 """Actors in a row that may die while they start."""
 DATA_THREADS = ("Prefetcher", "StreamingExecutor-", "ray-data-metadata-prefetch", "iter_threaded")
@@ -74,6 +73,10 @@ class ShardActor:
             self._worker = Worker(task, store, models, ImageMeter(shown_name(task.model.source)), texts)
             self._worker.watchdog.last_resort = True
             self._facts["start"] = {"imports": imported, **self._worker.start}
+            if self._worker.device == "cuda":
+                import torch
+
+                self._facts["accelerator"] = torch.cuda.get_device_name()
         except Exception as error:
             self._failure = error
 
@@ -212,63 +215,6 @@ def _pool(
     )
 
 
-class Size:
-    """What each engine takes of the cluster, and how many there may be.
-
-    Attributes:
-        options: of `map_batches`: what an actor takes and where it may be.
-        text_options: of the actors that are text encoders: the same kind of device, as the bytes depend on it.
-        texts: what all text encoders together take, in GPUs, or on CPU in engines.
-        kind: what an engine computes on, "CPU" or "GPU".
-        threads: torch threads of an engine on CPU, or None.
-
-    Raises:
-        JobError: the cluster has nothing of what each engine is to take, and none was asked to come.
-    """
-
-    def __init__(self, workers: Workers, device: str) -> None:
-        self._workers = workers
-        resources = _resources()
-        gpus, cpus = resources.get("GPU", 0.0), max(1.0, resources.get("CPU", 1.0))
-        texts = (workers.text_encoders or 0) * workers.text_share
-        wants_gpu = gpus > 0 and device != "cpu" if workers.gpus is None else workers.gpus > 0
-        if device.startswith("cuda") and not wants_gpu:
-            raise JobError(f"device {device} asked for, but the cluster has no GPU")
-        if wants_gpu:
-            self.kind, each, there = "GPU", workers.gpus or 1.0, gpus - texts
-            self.threads: int | None = None
-        else:
-            cpus -= texts
-            actors = workers.most or max(1, int(cpus / (workers.cpus or CORES_PER_ENGINE)))
-            self.kind, each, there = "CPU", workers.cpus or max(1.0, cpus // actors), cpus
-            self.threads = max(1, int(each))
-        if each > there and not workers.most:
-            beside = f" beside its {workers.text_encoders} text encoders" if texts else ""
-            raise JobError(
-                f"each engine asks for {each:g} {self.kind}, the cluster has {there:g}{beside}; "
-                "with workers.actors the job waits for a cluster that grows"
-            )
-        self.texts = texts if wants_gpu else texts / each
-        self._fit = max(1, int(there / each))
-        self.options: dict[str, Any] = {
-            "num_gpus": each if wants_gpu else None,
-            "num_cpus": (workers.cpus or None) if wants_gpu else each,
-        }
-        share = "num_gpus" if wants_gpu else "num_cpus"
-        self.text_options: dict[str, Any] = {"num_cpus": 0, share: workers.text_share}
-        for options in (self.options, self.text_options):
-            if workers.accelerator:
-                options["accelerator_type"] = workers.accelerator
-            if workers.labels:
-                options["label_selector"] = workers.labels
-
-    def engines(self, shards: int) -> tuple[int, int, int]:
-        """Engines at least, at first and at most; never more than shards, and at first as many as fit now."""
-        most = min(self._workers.most or self._fit, shards)
-        least = min(self._workers.least, most)
-        return least, max(least, min(most, self._fit)), most
-
-
 def _place() -> dict[str, Any]:
     """Which actor this process is, and where."""
     import ray
@@ -278,13 +224,6 @@ def _place() -> dict[str, Any]:
     gpu = context.get_accelerator_ids().get("GPU")
     accelerator = labels.get("ray.io/accelerator-type", "") if gpu else ""
     return {"actor": context.get_actor_id(), "node": context.get_node_id(), "accelerator": accelerator}
-
-
-def _resources() -> dict[str, float]:
-    import ray
-
-    resources: Callable[[], dict[str, float]] = ray.cluster_resources
-    return resources()
 
 
 class _Cluster:

@@ -45,6 +45,7 @@ class EngineFacts:
         state: "starting", "running", "lost" (dead or silent), or "finished".
         seconds: since its process began to import diffray, or in all if it ended.
         share: of a GPU, or GPUs, that it holds; 1 on CPU.
+        accelerator: the GPU's own name, or Ray's until its model is loaded; empty on CPU.
         start: seconds of each phase of its start: "place" (from asking for the pool until its process was
             there), "imports", "fetch", "load".
     """

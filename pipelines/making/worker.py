@@ -69,6 +69,7 @@ class Worker:
         texts: encodes the prompts, if not the engine itself.
 
     Attributes:
+        device: the kind of device it computes on, "cpu" or "cuda".
         start: seconds that fetching and loading the model took.
         tally: what was done so far.
         watchdog: notices when the engine hangs.
@@ -91,6 +92,7 @@ class Worker:
         models.fetch(task.model)
         fetched = time.monotonic()
         self._model = models.open(task.model) if texts is None else models.open(task.model, texts)
+        self.device = self._model.device
         if texts is not None:
             texts.expected = self._model.texts
         self.start = {"fetch": fetched - began, "load": time.monotonic() - fetched}

@@ -1,4 +1,4 @@
-"""What each engine takes of a cluster, and how many there may be."""
+"""What a job keeps from run to run of the machines it is on, and how it leaves Ray."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from diffray.model.errors import JobConflict, JobError
-from diffray.pipelines import JobConfig, Store, Workers
-from diffray.pipelines.config import Between, InvalidJob
-from diffray.pipelines.making import actors
-from diffray.pipelines.making.actors import Size
+from diffray.model.errors import JobConflict
+from diffray.pipelines import JobConfig, Store
+from diffray.pipelines.making import actors, size
 from diffray.pipelines.making.models import Models
+from diffray.pipelines.making.size import Size
 from diffray.pipelines.making.worker import Share
 
 GPUS = {"GPU": 4.0, "CPU": 64.0}
@@ -25,61 +24,7 @@ CPUS = {"CPU": 16.0}
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda resources: monkeypatch.setattr(actors, "_resources", lambda: resources)
-
-
-@pytest.mark.parametrize(
-    ("resources", "workers", "device", "taken", "engines"),
-    [
-        (GPUS, Workers(), "auto", (1.0, None), (1, 4, 4)),
-        (GPUS, Workers(gpus=0.5), "auto", (0.5, None), (1, 8, 8)),
-        (GPUS, Workers(gpus=1, cpus=4, actors=2), "auto", (1.0, 4.0), (1, 2, 2)),
-        (GPUS, Workers(actors=Between(min=2, max=50)), "auto", (1.0, None), (2, 4, 50)),
-        (GPUS, Workers(actors=Between(min=6, max=8)), "auto", (1.0, None), (6, 6, 8)),
-        (GPUS, Workers(), "cpu", (None, 8.0), (1, 8, 8)),
-        (CPUS, Workers(), "auto", (None, 8.0), (1, 2, 2)),
-        (CPUS, Workers(cpus=2), "auto", (None, 2.0), (1, 8, 8)),
-        (CPUS, Workers(gpus=1, actors=3), "auto", (1.0, None), (1, 1, 3)),
-    ],
-)
-def test_sizes(cluster: Any, resources: Any, workers: Workers, device: str, taken: Any, engines: Any) -> None:
-    cluster(resources)
-    size = Size(workers, device)
-    assert (size.options["num_gpus"], size.options["num_cpus"]) == taken
-    assert size.engines(1000) == engines
-    assert max(size.engines(1)) == 1, "never more than shards"
-
-
-def test_where_engines_may_be(cluster: Any) -> None:
-    cluster(GPUS)
-    options = Size(Workers(accelerator="H100", labels={"zone": "in(a,b)"}), "auto").options
-    assert (options["accelerator_type"], options["label_selector"]) == ("H100", {"zone": "in(a,b)"})
-    assert "accelerator_type" not in Size(Workers(), "auto").options
-
-
-def test_what_a_cluster_does_not_have_is_said_at_once_unless_it_may_come(cluster: Any) -> None:
-    cluster(CPUS)
-    with pytest.raises(JobError, match="each engine asks for 1 GPU, the cluster has 0"):
-        Size(Workers(gpus=1), "auto")
-    with pytest.raises(JobError, match="device cuda asked for"):
-        Size(Workers(), "cuda")
-    Size(Workers(gpus=1, actors=2), "auto")
-
-
-def test_text_encoders_take_their_part_of_the_engines_kind_of_device(cluster: Any) -> None:
-    cluster(GPUS)
-    size = Size(Workers(text_encoders=1, accelerator="H100"), "auto")
-    assert size.text_options == {"num_cpus": 0, "num_gpus": 1.0, "accelerator_type": "H100"}
-    assert (size.engines(1000), size.texts) == ((1, 3, 3), 1.0)
-    shared = Size(Workers(text_encoders=4, text_share=0.25, gpus=0.75), "auto")
-    assert (shared.text_options["num_gpus"], shared.engines(1000)) == (0.25, (1, 4, 4))
-    with pytest.raises(JobError, match="asks for 1 GPU, the cluster has 0 beside its 4 text encoders"):
-        Size(Workers(text_encoders=4), "auto")
-    cluster(CPUS)
-    size = Size(Workers(text_encoders=2, text_share=4), "auto")
-    assert size.text_options == {"num_cpus": 4.0}
-    assert (size.options["num_cpus"], size.threads, size.engines(1000)) == (8.0, 8, (1, 1, 1))
-    assert size.texts == 1.0, "8 cores are what one engine has"
+    return lambda resources: monkeypatch.setattr(size, "_nodes", lambda: [(resources, {})])
 
 
 def test_a_job_keeps_the_threads_and_the_kind_of_device_of_its_first_run(
@@ -116,18 +61,6 @@ def test_a_job_keeps_the_threads_and_the_kind_of_device_of_its_first_run(
     cluster(CPUS)
     with pytest.raises(JobConflict, match="began on a GPU, here the rest would be made on a CPU"):
         run(str(tmp_path / "third"))
-
-
-def test_a_range_of_actors_in_a_job_file() -> None:
-    def workers(actors: Any) -> Workers:
-        return JobConfig.checked({"input": "a", "output": "b", "workers": {"actors": actors}}).workers
-
-    assert (workers("2-16").least, workers("2-16").most) == (2, 16)
-    assert workers({"min": 2, "max": 16}) == workers("2-16")
-    assert (workers(5).least, workers(5).most, workers(None).most) == (1, 5, None)
-    for wrong in ("16-2", "many", 0, {"min": 2}):
-        with pytest.raises(InvalidJob, match=r"workers\.actors"):
-            workers(wrong)
 
 
 def test_ray_goes_only_when_ray_data_is_done_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
