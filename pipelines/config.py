@@ -187,7 +187,10 @@ class JobConfig(Strict):
     model: ModelOptions = ModelOptions()
     """The model of all rows."""
     models: dict[str, ModelOptions] = {}
-    """Several models by name, instead of `model`: a row's column `model`, or the sweep, picks one; else the first."""
+    """Several models by name, instead of `model`: a row's column `model`, or the sweep, picks one; else the first.
+
+    They are made one after the other, so some engines of each stand idle while the last ones end.
+    """
     columns: dict[str, str] = {}
     """Request field to the input column that holds it, where the names differ."""
     templates: dict[str, str] = {}

@@ -22,6 +22,7 @@ from .making.actors import generate_on_ray
 from .making.models import Models
 from .making.pools import Pulse
 from .making.worker import Share
+from .metrics import JobMeter
 from .outputs.commit import committed, read_commits, totals
 from .outputs.fingerprint import check, fingerprint, record, refuse_foreign
 from .outputs.lock import Lock
@@ -31,6 +32,7 @@ from .planning.plan import Plan, read_plan, write_plan
 from .progress import Progress, Silent
 from .report import SUCCESS, finish, is_finished
 from .runs import RunRecord
+from .standing import Standing
 
 Generate = Callable[[JobConfig, int, Store, Models, Sequence[Share]], Iterator[tuple[int, int] | Pulse]]
 """Makes the shards of each model and yields (images, rejected) of each one, as `generate_on_ray` does."""
@@ -133,10 +135,11 @@ def _generate(
     before = read_commits(store, sorted(set(range(plan.shards)) - set(pending)))
     images, rejected = totals(plan, before)
     progress.start(plan.images, images + rejected, rejected)
+    meter = JobMeter(Standing(plan.images, images + rejected, rejected))
     try:
         with RunRecord(store, lock.run, lock.acquired, config.workers).written() as record:
             for event in generate(config, lock.run, store, models, _shares(config, plan, pending)):
-                for listener in (record, progress):
+                for listener in (record, meter, progress):
                     if isinstance(event, Pulse):
                         listener.pulse(event)
                     else:

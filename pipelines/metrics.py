@@ -1,24 +1,34 @@
 """Figures for Prometheus and Ray's dashboard, under names that do not change. Ray puts `ray_` before them.
 
     diffray_images_total{model}                 counter    images made
-    diffray_rejected_total{model, stage}        counter    rows that became no image; stage is plan, generate, encode
-    diffray_image_seconds{model, phase}         histogram  per image: text, queue, prepare, denoise, decode, encode
+    diffray_rejected_total{model, stage}        counter    rows that became no image; stage is plan, guard, source,
+                                                           generate, check, encode
+    diffray_image_seconds{model, phase}         histogram  per image: read, text, queue, prepare, denoise, decode,
+                                                           check, encode, as far as it has them
     diffray_engine_occupancy{model}             gauge      share of an engine's image slots in use, 0..1
     diffray_prompts_total{model, source}        counter    prompts asked of text encoders; source is encoded, remembered
+    diffray_images{state}                       gauge      the job's images: planned, ended (rejected too), rejected
+    diffray_stage_images{stage}                 gauge      images in each stage now: engine, encode, store, text
+    diffray_busy_share                          gauge      share of the engines' time in which they had work, 0..1
     diffray_engines{state}                      gauge      engines starting and running
     diffray_shards{state}                       gauge      shards waiting and running
     diffray_shards_committed_total              counter    shards committed
 
 The first four come from the process of each engine, and are ended images: what a crash undoes is counted again
-when it is made again. The prompts come from the encoders of a pool, the others from the driver.
+when it is made again. The prompts come from the encoders of a pool. The others come from the driver, and are
+what its progress display shows. The two that it reckons from them follow by PromQL:
+
+    images per second   deriv(ray_diffray_images{state="ended"}[1m])
+    seconds left        (ray_diffray_images{state="planned"} - ignoring(state) ray_diffray_images{state="ended"})
+                        / ignoring(state) deriv(ray_diffray_images{state="ended"}[1m])
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from .making.pools import Pulse
+from .standing import Standing
 
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 """Bounds of the histogram's buckets."""
@@ -73,26 +83,51 @@ class PromptMeter:
         self._prompts.inc(tags={"source": "remembered" if known else "encoded"})
 
 
-class PoolMeter:
-    """Told about the pools of a job by its driver."""
+class JobMeter:
+    """Told how far a job is by its driver. Without Ray there are no pulses, and it shows nothing."""
 
+    def __init__(self, standing: Standing) -> None:
+        self._standing = standing
+        self._gauges: _JobGauges | None = None
+        self._committed = 0
+
+    def advance(self, images: int, rejected: int) -> None:
+        """A shard was committed."""
+        self._standing.advance(images, rejected)
+        self._committed += 1
+
+    def pulse(self, pulse: Pulse) -> None:
+        """The engines were looked at."""
+        self._standing.see(pulse)
+        self._gauges = self._gauges or _JobGauges()
+        self._gauges.show(self._standing, pulse)
+        if self._committed:
+            self._gauges.committed.inc(self._committed)
+        self._committed = 0
+
+
+class _JobGauges:
     def __init__(self) -> None:
         from ray.util import metrics
 
+        self._images = metrics.Gauge("diffray_images", "Images of the job", ("state",))
+        self._stages = metrics.Gauge("diffray_stage_images", "Images in each stage", ("stage",))
+        self._busy = metrics.Gauge("diffray_busy_share", "Share of the engines' time with work")
         self._engines = metrics.Gauge("diffray_engines", "Engines by state", ("state",))
         self._shards = metrics.Gauge(
             "diffray_shards", "Shards of this run that are not committed yet", ("state",)
         )
-        self._committed = metrics.Counter("diffray_shards_committed_total", "Shards committed")
+        self.committed = metrics.Counter("diffray_shards_committed_total", "Shards committed")
 
-    def see(self, pulse: Pulse) -> None:
+    def show(self, now: Standing, pulse: Pulse) -> None:
         """The state now."""
-        states = Counter(engine.state for engine in pulse.engines)
+        for state, images in (("planned", now.total), ("ended", now.ended), ("rejected", now.rejected)):
+            self._images.set(images, {"state": state})
+        for stage, images in now.inside.items():
+            self._stages.set(images, {"stage": stage})
+        if now.busy is not None:
+            self._busy.set(now.busy)
         for state in ("starting", "running"):
-            self._engines.set(states[state], {"state": state})
+            self._engines.set(now.engines(state), {"state": state})
         for state, shards in (("waiting", pulse.waiting), ("running", pulse.running)):
             self._shards.set(shards, {"state": state})
-
-    def committed(self) -> None:
-        """A shard was committed."""
-        self._committed.inc()

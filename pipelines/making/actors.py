@@ -27,7 +27,7 @@ from diffray.model.errors import DiffrayError, JobError
 
 from ..arrival import ARRIVED
 from ..config import JobConfig
-from ..metrics import ImageMeter, PoolMeter
+from ..metrics import ImageMeter
 from ..outputs.fingerprint import settled_threads
 from ..outputs.store import Store
 from . import backlog, board
@@ -134,7 +134,7 @@ def generate_on_ray(
     began = time.monotonic()
     with _Cluster(config.workers.address):
         connected = time.monotonic() - began
-        size, meter, past = Size(config.workers, shares[0].model.device), PoolMeter(), tuple[Any, ...]()
+        size, past = Size(config.workers, shares[0].model.device), tuple[Any, ...]()
         size.threads = settled_threads(store, size.kind, size.threads)
         try:
             for share in shares:
@@ -146,9 +146,6 @@ def generate_on_ray(
                             event = pulse = replace(
                                 event, engines=(*past, *event.engines), ray=connected, texts=size.texts
                             )
-                            meter.see(event)
-                        else:
-                            meter.committed()
                         yield event
                 past = pulse.engines if pulse else past
         except RayError as error:

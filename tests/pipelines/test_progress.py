@@ -11,7 +11,8 @@ from rich.console import Console
 from diffray.pipelines import progress
 from diffray.pipelines.making.pools import EngineFacts, Pulse
 from diffray.pipelines.making.tally import Reading, Tally
-from diffray.pipelines.progress import Lines, Standing, Terminal
+from diffray.pipelines.progress import Lines, Terminal
+from diffray.pipelines.standing import Standing
 
 READING = Reading(
     images=14,
