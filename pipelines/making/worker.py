@@ -209,7 +209,7 @@ class Worker:
     ) -> list[Outcome]:
         if not images:
             return []
-        record = await asyncio.to_thread(self._begin, attempts)
+        record = await self._begin(attempts)
         try:
             ended = (self._one(attempts.shard, image, timings) for image in images)
             return list(await self._watched(asyncio.gather(*ended)))
@@ -223,7 +223,7 @@ class Worker:
     async def _one_by_one(
         self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
     ) -> list[Outcome]:
-        await asyncio.to_thread(self._begin, attempts)
+        await self._begin(attempts)
         outcomes = []
         for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
             record = await asyncio.to_thread(attempts.begin_row, image.id)
@@ -238,8 +238,9 @@ class Worker:
             await asyncio.to_thread(attempts.end_row, record)
         return outcomes
 
-    def _begin(self, attempts: Attempts) -> str:
-        return attempts.begin(first=attempts.shard == next(iter(self._making)))
+    async def _begin(self, attempts: Attempts) -> str:
+        first = attempts.shard == next(iter(self._making))
+        return await asyncio.to_thread(attempts.begin, first=first)
 
     async def _watched(self, work: Awaitable[T]) -> T:
         try:

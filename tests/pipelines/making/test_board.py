@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,25 @@ def test_turns_make_all_shards_and_the_board_knows(place: Place, actor: Any) -> 
     assert sum(engine["reading"]["images"] for engine in engines) == 7
     assert sum(engine["reading"]["rejected"].get("generate", 0) for engine in engines) == 1
     assert all(set(engine["start"]) == {"imports", "fetch", "load"} for engine in engines)
+
+
+def test_an_engine_on_a_gpu_says_the_gpus_own_name(
+    place: Place, actor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGpu(FakeModels):
+        def open(self, *arguments: Any) -> Any:
+            return replace(super().open(*arguments), device="cuda")
+
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+
+    async def every(models: Models) -> str:
+        task, store = planned(place, "prompt\np\n", output=f"for {type(models).__name__}")
+        posted = Posted(Board([0], 1))
+        await take_turn(actor(task, store, models, posted), 0)
+        [engine] = (await posted.board.look(0.0, 0))["engines"].values()
+        return str(engine["accelerator"])
+
+    assert [asyncio.run(every(models)) for models in (OnGpu(), FakeModels())] == ["NVIDIA H100 80GB HBM3", ""]
 
 
 def test_a_dead_process_frees_its_shards_and_its_waiting_turns_take_none(place: Place, actor: Any) -> None:
