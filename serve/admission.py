@@ -97,6 +97,16 @@ class Admission:
         """
         self._check_room(client, (0.0,))
 
+    def check_images(self, count: int) -> None:
+        """Returns when one request may have so many images.
+
+        Raises:
+            Refusal: 422.
+        """
+        most = self._limits.images
+        if count > most:
+            raise Refusal(422, "too_many_images", f"got {count} images, allowed are {most} in a request")
+
     def finish(self, permit: Permit, index: int) -> None:
         """One image was made: its room is free and its cost shows how fast the service is."""
         self._speed.add(permit.costs.get(index, 0.0))
@@ -117,10 +127,7 @@ class Admission:
 
     def _check_budget(self, costs: Sequence[float]) -> None:
         limits, total = self._limits, sum(costs)
-        if len(costs) > limits.images:
-            raise Refusal(
-                422, "too_many_images", f"got {len(costs)} images, allowed are {limits.images} in a request"
-            )
+        self.check_images(len(costs))
         if total > limits.cost:
             raise Refusal(
                 422,

@@ -88,7 +88,7 @@ class Limits(Strict):
     body_seconds: float = Field(default=30.0, gt=0)
     """For a body to arrive."""
     source_pixels: int = Field(default=4096 * 4096, ge=1)
-    """Of one picture that a client sends."""
+    """Of one picture that a client sends, and of all that AUTOMATIC1111's clients send or have resized in a request."""
     requests_per_key: str | None = None
     """Such as "100/minute"; keys may have their own."""
     cost_per_key: str | None = None

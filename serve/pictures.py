@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Sequence
 
 from PIL import Image, ImageOps
 
@@ -16,20 +17,24 @@ DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(;[\w=.+-]+)*;base64,",
 URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
-def picture(data: bytes, field: str, *, pixels: int) -> Image.Image:
+def picture(data: bytes, field: str, *, pixels: int, used: int = 0) -> Image.Image:
     """The first frame of PNG, JPEG or WebP bytes, upright, loaded, without metadata.
 
     Args:
         field: the name by which the client knows it, for errors.
         pixels: width x height at most; checked before anything is decoded.
+        used: how many of them other pictures of the request have.
 
     Raises:
         InvalidRequest: not such a picture, broken or too large.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > pixels:
-            raise InvalidRequest(field, f"got {image.width}x{image.height}, allowed are {pixels} pixels")
+        if image.width * image.height > pixels - used:
+            others = f" together, {used} of them in others" if used else ""
+            raise InvalidRequest(
+                field, f"got {image.width}x{image.height}, allowed are {pixels} pixels{others}"
+            )
         image.load()
         upright = ImageOps.exif_transpose(image)
     except InvalidRequest:
@@ -49,6 +54,19 @@ def picture_text(text: str, field: str, *, pixels: int) -> Image.Image:
         InvalidRequest: as `picture`, or the text is no base64.
     """
     return picture(picture_bytes(text, field), field, pixels=pixels)
+
+
+def picture_texts(texts: Sequence[str], field: str, *, pixels: int) -> list[Image.Image]:
+    """The pictures in several texts, as `picture_text`, of so many pixels together.
+
+    Raises:
+        InvalidRequest: as `picture_text`.
+    """
+    found: list[Image.Image] = []
+    for text in texts:
+        used = sum(image.width * image.height for image in found)
+        found.append(picture(picture_bytes(text, field), field, pixels=pixels, used=used))
+    return found
 
 
 def picture_bytes(text: str, field: str) -> bytes:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from PIL import Image
 
 from diffray.model import InvalidRequest
 from diffray.model.encoding import read_provenance
 from diffray.model.infotext import parse_infotext
 
-from ..pictures import picture_bytes, picture_text
+from ..pictures import picture_bytes
 from ..refusal import Refusal
 from ..service import Service
 from ..work import ModelCard
@@ -31,7 +30,7 @@ from .a1111_works import FIELDS, Asked, image_works, text_works
 from .parts import client_names
 
 ROUTES = ("/sdapi/v1",)
-MAKES = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+MAKES = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/extra-")
 """Paths below which a POST asks for images."""
 PAIR = re.compile(r"(\d+)x(\d+)")
 
@@ -56,13 +55,11 @@ def router(service: Service) -> APIRouter:
 def _add_generation(routes: APIRouter, service: Service, kept: Kept) -> None:
     pixels = service.config.limits.source_pixels
 
-    def read(text: str, field: str) -> Image.Image:
-        return picture_text(text, field, pixels=pixels)
-
     async def answer(
         http: Request, body: bodies.Processing, works: Callable[[ModelCard, Settings], Asked]
     ) -> Response:
         client = await service.client(http)
+        service.admission.check_images(body.batch_size * body.n_iter)  # before as many pictures are read
         settings = kept.of(client.id)
         if body.override_settings:
             settings = settings.changed(body.override_settings, await service.models())
@@ -82,9 +79,7 @@ def _add_generation(routes: APIRouter, service: Service, kept: Kept) -> None:
     @routes.post("/img2img", response_model=bodies.Generated)
     async def img2img(http: Request, body: bodies.ImageToImage) -> Response:
         """Images from an image, on request only within a mask."""
-        return await answer(
-            http, body, lambda card, settings: image_works(body, card, settings, read, pixels)
-        )
+        return await answer(http, body, lambda card, settings: image_works(body, card, settings, pixels))
 
 
 def _add_state(routes: APIRouter, service: Service, kept: Kept) -> None:
@@ -177,17 +172,23 @@ def _add_pictures(routes: APIRouter, service: Service) -> None:
         items = {"parameters": text} if text else {}
         return bodies.PngInfoAnswer(info=text, items=items, parameters=parameters)
 
-    async def resized(text: str, field: str, body: bodies.Extras) -> str:
-        return await asyncio.to_thread(extras.resized, text, field, body, pixels)
+    async def resized(http: Request, texts: Sequence[str], field: str, body: bodies.Extras) -> list[str]:
+        """Admitted and charged as images of one step are, but made here."""
+        client = await service.client(http)
+        service.admission.check_images(len(texts))
+        wanted = await asyncio.to_thread(extras.resizings, texts, field, body, pixels)
+        costs = [each.cost for each in wanted]
+        with service.admission.admitted(client, costs):
+            await service.admission.charge(client, sum(costs))
+            return [await asyncio.to_thread(each.made) for each in wanted]
 
     @routes.post("/extra-single-image")
     async def extra_single(http: Request, body: bodies.ExtrasSingle) -> bodies.Resized:
         """A picture at another size."""
-        await service.client(http)
-        return bodies.Resized(image=await resized(body.image, "image", body))
+        return bodies.Resized(image=(await resized(http, [body.image], "image", body))[0])
 
     @routes.post("/extra-batch-images")
     async def extra_batch(http: Request, body: bodies.ExtrasBatch) -> bodies.ResizedBatch:
         """Pictures at another size."""
-        await service.client(http)
-        return bodies.ResizedBatch(images=[await resized(f.data, "imageList", body) for f in body.image_list])
+        texts = [each.data for each in body.image_list]
+        return bodies.ResizedBatch(images=await resized(http, texts, "imageList", body))

@@ -3,44 +3,77 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
 from diffray.model import InvalidRequest
 
-from ..pictures import picture_text
+from ..pictures import picture_texts
 from .a1111_bodies import Extras
 from .a1111_catalogue import UPSCALERS
 from .parts import base64_text, covering, flat
 
 FILTERS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
+Size = tuple[int, int]
 
 
-def resized(text: str, field: str, body: Extras, pixels: int) -> str:
-    """The picture in a text at the size that the body asks for, as the base64 of a PNG.
+@dataclass(frozen=True, slots=True)
+class Resizing:
+    """A picture, the size that it is scaled to, and the size that is then cut out of its middle."""
+
+    image: Image.Image
+    scaled: Size
+    cut: Size
+    method: Image.Resampling
+
+    @property
+    def cost(self) -> float:
+        """In megapixel-steps, as images have it: the result's pixels, once."""
+        return self.scaled[0] * self.scaled[1] / 1e6
+
+    def made(self) -> str:
+        """The result as the base64 of a PNG."""
+        image = flat(self.image)
+        if image.size != self.scaled:
+            image = image.resize(self.scaled, self.method)
+        sink = io.BytesIO()
+        covering(image, *self.cut).save(sink, "PNG")
+        return base64_text(sink.getvalue())
+
+
+def resizings(texts: Sequence[str], field: str, body: Extras, pixels: int) -> list[Resizing]:
+    """What is to be done to the pictures in some texts.
 
     Raises:
-        InvalidRequest: the picture cannot be read, the result has more than `pixels`, or it would take a network.
+        InvalidRequest: a picture cannot be read, the pictures or the results have more than `pixels` together, or it
+            would take a network.
     """
     _refuse_networks(body)
-    image = flat(picture_text(text, field, pixels=pixels))
-    if body.upscaler_1 != "None":
-        image = _scaled(image, body, pixels)
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    return base64_text(sink.getvalue())
+    found, left = [], pixels
+    for image in picture_texts(texts, field, pixels=pixels):
+        resizing = _resizing(image, body)
+        across, down = resizing.scaled
+        if across * down > left:
+            name = "upscaling_resize_w" if body.resize_mode == 1 else "upscaling_resize"
+            rest = f", of which {left} are left" if left < pixels else ""
+            raise InvalidRequest(name, f"makes {across}x{down}, allowed are {pixels} pixels{rest}")
+        left -= across * down
+        found.append(resizing)
+    return found
 
 
-def _scaled(image: Image.Image, body: Extras, pixels: int) -> Image.Image:
+def _resizing(image: Image.Image, body: Extras) -> Resizing:
+    if body.upscaler_1 == "None":
+        return Resizing(image, image.size, image.size, FILTERS["Nearest"])
     wanted = body.upscaling_resize_w, body.upscaling_resize_h
     exact = body.resize_mode == 1
     scale = max(wanted[0] / image.width, wanted[1] / image.height) if exact else body.upscaling_resize
-    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-    if size[0] * size[1] > pixels:
-        name = "upscaling_resize_w" if exact else "upscaling_resize"
-        raise InvalidRequest(name, f"makes {size[0]}x{size[1]}, allowed are {pixels} pixels")
-    larger = image.resize(size, FILTERS[body.upscaler_1])
-    return covering(larger, *wanted) if exact and body.upscaling_crop else larger
+    scaled = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    return Resizing(
+        image, scaled, wanted if exact and body.upscaling_crop else scaled, FILTERS[body.upscaler_1]
+    )
 
 
 def _refuse_networks(body: Extras) -> None:

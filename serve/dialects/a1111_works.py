@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from diffray.model import ImageRequest, InvalidRequest, prompt_adapters
-from diffray.model.request import MAX_SIDE
 
+from ..pictures import picture_text, picture_texts
 from ..work import ModelCard, Work
 from .a1111_bodies import ImageToImage, Processing, TextToImage
 from .a1111_settings import Settings
@@ -92,12 +92,9 @@ def image_works(
     body: ImageToImage,
     card: ModelCard,
     settings: Settings,
-    read: Callable[[str, str], Image.Image],
-    pixels: int = MAX_SIDE**2,
+    pixels: int,
 ) -> Asked:
-    """The images of an img2img body, scaled to sizes of so many pixels at most.
-
-    `read` decodes the picture in a text, for a field.
+    """The images of an img2img body, from pictures of so many pixels together and scaled to as many at most.
 
     Raises:
         InvalidRequest: a value is not allowed; the error has the body's own name for it.
@@ -111,10 +108,10 @@ def image_works(
         strength = 0.75 if body.denoising_strength is None else body.denoising_strength
         check_area(body.width, body.height, pixels)
         common = replace(common, width=body.width or card.width, height=body.height or card.height)
-        mask = read(body.mask, "mask") if body.mask else None
+        mask = picture_text(body.mask, "mask", pixels=pixels) if body.mask else None
         pairs = []
-        for text in body.init_images:
-            image, hole, repaint = _source(body, card, read(text, "init_images"), mask)
+        for picture in picture_texts(body.init_images, "init_images", pixels=pixels):
+            image, hole, repaint = _source(body, card, picture, mask)
             request = replace(common, init_image=image, mask=hole, strength=strength)
             pairs.append((request, repaint))
         return _asked(body, card, settings, pairs)

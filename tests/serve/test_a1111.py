@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import threading
@@ -21,7 +22,7 @@ from PIL import Image, ImageDraw
 from diffray.model.encoding import read_provenance
 from diffray.model.infotext import parse_infotext
 from diffray.serve import keys
-from diffray.serve.config import Access, ServeConfig
+from diffray.serve.config import Access, Limits, ServeConfig
 
 from .live import Live, live
 from .reference import made
@@ -514,6 +515,64 @@ def test_extras_resize(api: webuiapi.WebUIApi) -> None:
         picture = scene().resize((2048, 2048)) if "upscaling_resize" in change else scene()
         with pytest.raises(RuntimeError, match=next(iter(change))):
             api.extra_single_image(picture, **{"upscaler_1": "Lanczos"} | change)
+
+
+def sent(image: Image.Image) -> str:
+    return base64.b64encode(encoded(image, "png")).decode()
+
+
+def test_extras_are_admitted_and_charged_as_images() -> None:
+    """64 x 64 doubled is 0.016 megapixels, of one step each."""
+    single: dict[str, Any] = {"image": sent(scene()), "upscaler_1": "Lanczos"}
+    files = [{"data": sent(scene())}] * 3
+    batch: dict[str, Any] = {"imageList": files, "upscaler_1": "Lanczos"}
+    limits = Limits(images=3, cost=0.05, cost_per_key="2/hour", source_pixels=5 * 128 * 64)
+    with live(ServeConfig(log="off", limits=limits), Scripted) as running:
+        url = f"{running.url}/sdapi/v1/extra"
+
+        def refused(path: str, body: dict[str, Any]) -> str:
+            answer = requests.post(f"{url}-{path}", json=body)
+            return f"{answer.status_code} {answer.json()['error']}: {answer.json()['detail']}"
+
+        many = refused("batch-images", batch | {"imageList": files + files[:1]})
+        assert many == "422 too_many_images: got 4 images, allowed are 3 in a request"
+        large = refused("batch-images", batch)  # two of 128 x 128 fit
+        assert large.startswith(
+            "422 invalid_value: upscaling_resize: makes 128x128, allowed are 40960 pixels"
+        )
+        assert "8192 are left" in large
+        wide = refused(
+            "batch-images", batch | {"imageList": [{"data": sent(Image.new("L", (160, 128)))}] * 3}
+        )
+        assert wide.startswith("422 invalid_value: imageList: got 160x128, allowed are 40960 pixels together")
+        small = {"upscaling_resize": 1.5}
+        assert requests.post(f"{url}-batch-images", json=batch | small).status_code == 200
+        assert requests.post(f"{url}-single-image", json=single).status_code == 200
+        assert refused("single-image", single).startswith("429 rate_limited")
+        assert running.service.admission.images == 0
+
+
+def test_extras_cost_no_more_than_one_request_may() -> None:
+    with live(ServeConfig(log="off", limits=Limits(cost=0.01)), Scripted) as running:
+        body = {"image": sent(scene()), "upscaler_1": "Lanczos"}
+        answer = requests.post(f"{running.url}/sdapi/v1/extra-single-image", json=body)
+        assert (answer.status_code, answer.json()["error"]) == (422, "over_budget")
+
+
+def test_pictures_are_not_read_for_more_images_than_allowed() -> None:
+    """16 images with as many large pictures would fill the memory before anything else looked at them."""
+    flat = sent(Image.new("L", (256, 256)))
+    limits = Limits(images=4, source_pixels=3 * 256 * 256)
+    with live(ServeConfig(log="off", limits=limits), Scripted) as running:
+        url = f"{running.url}/sdapi/v1/img2img"
+        many = {"init_images": ["no picture"] * 5, "batch_size": 5}
+        assert requests.post(url, json=many).json()["error"] == "too_many_images"
+        body = {"init_images": [flat] * 4, "batch_size": 4, "width": 64, "height": 64, "steps": 1}
+        answer = requests.post(url, json=body)
+        assert (answer.status_code, answer.json()["field"]) == (422, "init_images")
+        assert "196608 pixels together" in answer.json()["detail"]
+        fewer = body | {"init_images": [flat] * 3, "batch_size": 3}
+        assert requests.post(url, json=fewer).status_code == 200
 
 
 def test_a_key_is_the_password_and_state_is_of_the_key(tmp_path: Path) -> None:

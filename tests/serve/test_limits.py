@@ -204,6 +204,7 @@ def test_one_client_at_once() -> None:
         "/v1/images/edits",
         "/sdapi/v1/txt2img",
         "/sdapi/v1/img2img",
+        "/sdapi/v1/extra-batch-images",
         "/v1/generation/scripted/text-to-image",
         "/v2beta/stable-image/generate/sd3",
     ],
