@@ -118,7 +118,7 @@ class Bodies:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         http = Request(scope)
-        size = 0
+        chunks: list[bytes] = []
         try:
             try:
                 client = await self.service.client(http)
@@ -129,55 +129,52 @@ class Bodies:
                     and IDEMPOTENCY not in http.headers
                 ):
                     self.service.admission.check_full(client)
-                body = await self._read(http, receive)
+                await self._read(http, receive, chunks)
             except Refusal as refusal:
                 return await self.failures.answer(http, refusal)(scope, receive, send)
-            size = len(body)
-            self._held += size
-            await self.app(scope, _replayed(body, receive), send)
+            await self.app(scope, _replayed(chunks[0], receive), send)
         finally:
-            self._held -= size
+            self._held -= sum(map(len, chunks))
 
-    async def _read(self, http: Request, receive: Receive) -> bytes:
-        most = self._limits.body_bytes
-        length = http.headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()):
+    async def _read(self, http: Request, receive: Receive, chunks: list[bytes]) -> None:
+        """Leaves the body in `chunks`, as one; what is there when it fails, or is cancelled, is held until then."""
+        text = http.headers.get("content-length", "0")
+        if not (text.isascii() and text.isdigit()):
             raise Refusal(400, "invalid_length", "content-length is not a number")
-        if int(length[:20]) > most:
-            raise _too_large(most)
-        if self._held + int(length) > BODIES_AT_ONCE * most:
-            raise Refusal(503, "queue_full", "too many large requests at once", retry_after=2)
+        self._check_size(int(text[:20]), more=int(text[:20]))
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                body = await _collected(receive, most)
+                await self._collect(receive, chunks)
         except TimeoutError:
             raise Refusal(
                 408, "body_timeout", f"the body did not arrive within {self._limits.body_seconds:g} s"
             ) from None
+        chunks[:] = [body := b"".join(chunks)]
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if body and (kind == "application/json" or kind.endswith("+json")):
             check_json(body)
-        return body
 
+    async def _collect(self, receive: Receive, chunks: list[bytes]) -> None:
+        """Every piece counts from its arrival on: a body may never end, or not say how long it will be."""
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Refusal(499, "disconnected", "the client closed the connection")
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            self._check_size(size, more=len(chunk))
+            chunks.append(chunk)
+            self._held += len(chunk)
+            more = message.get("more_body", False)
 
-async def _collected(receive: Receive, most: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refusal(499, "disconnected", "the client closed the connection")
-        chunk = message.get("body", b"")
-        size += len(chunk)
+    def _check_size(self, size: int, *, more: int) -> None:
+        """Raises Refusal: a body of this size is too large, or there is no room for so many bytes more."""
+        most = self._limits.body_bytes
         if size > most:
-            raise _too_large(most)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
-def _too_large(most: int) -> Refusal:
-    return Refusal(413, "too_large", f"the body is larger than the allowed {most} bytes")
+            raise Refusal(413, "too_large", f"the body is larger than the allowed {most} bytes")
+        if self._held + more > BODIES_AT_ONCE * most:
+            raise Refusal(503, "queue_full", "too many large requests at once", retry_after=2)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

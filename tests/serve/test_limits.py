@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPResponse
 from typing import Any
 
 import pytest
 
+from diffray.serve import middleware
 from diffray.serve.config import InvalidConfig, Limits, ServeConfig
 from diffray.serve.server import Patient
 from diffray.serve.service import Service
@@ -76,6 +78,30 @@ def test_body_that_does_not_say_how_large_it_is(small: Live) -> None:
         head = f"POST {IMAGES} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
         wire.sendall(head.encode() + b"".join(b"400\r\n" + b"x" * 1024 + b"\r\n" for _ in range(5)))
         assert heard(wire, b"\r\n").startswith(b"HTTP/1.1 413 ")  # while it is still open
+
+
+def test_bodies_count_while_they_arrive(small: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODIES_AT_ONCE", 4)
+    head = f"POST {IMAGES} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+    with ExitStack() as stack:
+        wires = [stack.enter_context(closing(connect(small.url))) for _ in range(5)]
+        for wire in wires:  # 4 x 4096 bytes have room, 5 x 4000 have not
+            wire.sendall(head + b"fa0\r\n" + b" " * 4000 + b"\r\n")
+        ready, _, _ = select.select(wires, [], [], 10)
+        answer = heard(ready[0], b"}")
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"queue_full" in answer
+    # The others are gone, and their bytes with them.
+    wait_for(lambda: ask(small.url + IMAGES, b" " * 4000).code == "invalid_json")
+
+
+def test_length_of_many_digits(small: Live) -> None:
+    for digits, status in (("0" * 5000, b"422"), ("9" * 5000, b"4")):
+        with closing(connect(small.url)) as wire:
+            wire.sendall(
+                f"POST {IMAGES} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {digits}\r\n\r\n".encode()
+            )
+            assert heard(wire, b"\r\n").startswith(b"HTTP/1.1 " + status)
 
 
 def test_body_that_never_ends(small: Live) -> None:
