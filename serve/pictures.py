@@ -20,31 +20,44 @@ URL = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 def picture(data: bytes, field: str, *, pixels: int, used: int = 0) -> Image.Image:
     """The first frame of PNG, JPEG or WebP bytes, upright, loaded, without metadata.
 
-    Args:
-        field: the name by which the client knows it, for errors.
-        pixels: width x height at most; checked before anything is decoded.
-        used: how many of them other pictures of the request have.
-
     Raises:
-        InvalidRequest: not such a picture, broken or too large.
+        InvalidRequest: as `opened`, or it is broken.
     """
+    image = opened(data, field, pixels=pixels, used=used)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > pixels - used:
-            others = f" together, {used} of them in others" if used else ""
-            raise InvalidRequest(
-                field, f"got {image.width}x{image.height}, allowed are {pixels} pixels{others}"
-            )
         image.load()
         upright = ImageOps.exif_transpose(image)
-    except InvalidRequest:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise InvalidRequest(field, "got no readable picture, allowed are PNG, JPEG and WebP") from error
+    except Exception as error:
+        raise _unreadable(field) from error
     if upright.mode not in ("RGB", "RGBA", "L", "LA", "I;16", "I"):
         upright = upright.convert("RGBA" if "transparency" in upright.info or "A" in upright.mode else "RGB")
     upright.info.clear()
     return upright
+
+
+def opened(data: bytes, field: str, *, pixels: int, used: int = 0) -> Image.Image:
+    """A picture of which only the beginning was read: nothing is decoded that has more pixels than allowed.
+
+    Args:
+        field: the name by which the client knows it, for errors.
+        pixels: width x height at most.
+        used: how many of them other pictures of the request have.
+
+    Raises:
+        InvalidRequest: no PNG, JPEG or WebP, or too large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+        raise _unreadable(field) from error
+    if image.width * image.height > pixels - used:
+        others = f" together, {used} of them in others" if used else ""
+        raise InvalidRequest(field, f"got {image.width}x{image.height}, allowed are {pixels} pixels{others}")
+    return image
+
+
+def _unreadable(field: str) -> InvalidRequest:
+    return InvalidRequest(field, "got no readable picture, allowed are PNG, JPEG and WebP")
 
 
 def picture_text(text: str, field: str, *, pixels: int) -> Image.Image:

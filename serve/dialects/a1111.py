@@ -14,10 +14,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from diffray.model import InvalidRequest
-from diffray.model.encoding import read_provenance
+from diffray.model.encoding import Provenance, read_provenance
 from diffray.model.infotext import parse_infotext
 
-from ..pictures import picture_bytes
+from ..pictures import opened, picture_bytes
 from ..refusal import Refusal
 from ..service import Service
 from ..work import ModelCard
@@ -69,7 +69,8 @@ def _add_generation(routes: APIRouter, service: Service, kept: Kept) -> None:
         wanted = await asyncio.to_thread(works, card, settings)
         with client_names(FIELDS):
             pictures = await made(service, http, client, wanted, card, settings)
-        return Response(generated(body, pictures, card).model_dump_json(), media_type="application/json")
+        text = await asyncio.to_thread(lambda: generated(body, pictures, card).model_dump_json())
+        return Response(text, media_type="application/json")
 
     @routes.post("/txt2img", response_model=bodies.Generated)
     async def txt2img(http: Request, body: bodies.TextToImage) -> Response:
@@ -158,11 +159,7 @@ def _add_pictures(routes: APIRouter, service: Service) -> None:
     async def png_info(http: Request, body: bodies.PngInfo) -> bodies.PngInfoAnswer:
         """What a picture of ours, or of AUTOMATIC1111's, says about its making."""
         await service.client(http)
-        data = picture_bytes(body.image, "image")
-        try:
-            found = read_provenance(data)
-        except ValueError:
-            raise InvalidRequest("image", "got no PNG, JPEG or WebP picture") from None
+        found = await asyncio.to_thread(_provenance, body.image, pixels)
         text = found.infotext or ""
         parameters = parse_infotext(text) if text else {}
         for key, value in list(parameters.items()):
@@ -192,3 +189,13 @@ def _add_pictures(routes: APIRouter, service: Service) -> None:
         """Pictures at another size."""
         texts = [each.data for each in body.image_list]
         return bodies.ResizedBatch(images=await resized(http, texts, "imageList", body))
+
+
+def _provenance(text: str, pixels: int) -> Provenance:
+    """What a picture says, once it is known to be none that Pillow, which may decode it, would fill the memory with."""
+    data = picture_bytes(text, "image")
+    opened(data, "image", pixels=pixels)
+    try:
+        return read_provenance(data)
+    except ValueError:
+        raise InvalidRequest("image", "got no readable picture, allowed are PNG, JPEG and WebP") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
@@ -67,7 +68,7 @@ def router(service: Service) -> APIRouter:
         """
         client = await service.client(http)
         card = await service.model(body.model)
-        works = body.works(card.name, pixels, body.preview_every)
+        works = await asyncio.to_thread(body.works, card.name, pixels, body.preview_every)
         if body.stream:
             events = await begun(service.stream(http, client, works), 0, streams.KEEP_ALIVE)
             return streams.event_stream(_server_sent(events, works, http.state.request_id))
@@ -85,7 +86,8 @@ def router(service: Service) -> APIRouter:
         """Begin a job; ask for its state at /v1/diffray/jobs/{id}."""
         client = await service.client(http)
         card = await service.model(body.model)
-        job = await jobs_of(http).submit(client, body.works(card.name, pixels))
+        works = await asyncio.to_thread(body.works, card.name, pixels)
+        job = await jobs_of(http).submit(client, works)
         response.headers["location"] = f"/v1/diffray/jobs/{job.id}"
         return _state(job)
 
