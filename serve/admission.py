@@ -72,7 +72,7 @@ class Admission:
 
     @contextmanager
     def admitted(self, client: Client, costs: Sequence[float]) -> Iterator[Permit]:
-        """Room for one request's images until the end of the block; `finish` gives some back earlier.
+        """Room for one request's images until the end of the block; `finish` and `give_back` free some earlier.
 
         Raises:
             Refusal: 422 over the budget of one request, 429 over the client's images at once, 503 queue full.
@@ -87,7 +87,7 @@ class Admission:
             yield permit
         finally:
             for index in list(permit.costs):
-                self._give_back(permit, index)
+                self.give_back(permit, index)
 
     def check_full(self, client: Client) -> None:
         """Returns when there is room for one more image of this client, whatever it is.
@@ -110,9 +110,10 @@ class Admission:
     def finish(self, permit: Permit, index: int) -> None:
         """One image was made: its room is free and its cost shows how fast the service is."""
         self._speed.add(permit.costs.get(index, 0.0))
-        self._give_back(permit, index)
+        self.give_back(permit, index)
 
-    def _give_back(self, permit: Permit, index: int) -> None:
+    def give_back(self, permit: Permit, index: int) -> None:
+        """One image ended somehow: its room is free."""
         if (cost := permit.costs.pop(index, None)) is None:
             return
         self._held[permit.client.id] -= 1

@@ -21,21 +21,28 @@ from .service import Service
 
 HEADER_SECONDS = 10.0
 """From a connection, or from an answer's successor's first byte, to the end of its headers."""
+READ_SECONDS = 30.0
+"""In which a client takes READ_BYTES of an answer that waits for it, or all of it."""
+READ_BYTES = 64 * 1024
 CONNECTIONS = 4096
 
 
 class Patient(HttpToolsProtocol):
-    """Closes connections whose request headers do not arrive in time (slow loris)."""
+    """Closes connections whose request headers do not arrive in time (slow loris), and those whose answers are not
+    read: the request behind one would wait for ever."""
 
     seconds = HEADER_SECONDS
+    read_seconds = READ_SECONDS
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._waiting: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest()
+        self._taken()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -60,6 +67,29 @@ class Patient(HttpToolsProtocol):
                 b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
             )
             self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
+
+    def _expect_reading(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(self.read_seconds, self._unread, left)
+
+    def _unread(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() > before - READ_BYTES:
+            self.transport.abort()
+        else:
+            self._expect_reading()
+
+    def _taken(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
 
 class Server(uvicorn.Server):

@@ -7,6 +7,7 @@ import base64
 import binascii
 import math
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from diffray.model import InvalidRequest
 from diffray.model.adapters.choices import check_known
 
-from .admission import Admission, Client
+from .admission import Admission, Client, Permit
 from .config import InvalidConfig, ServeConfig
 from .guardrails import Guards
 from .keys import Key, Keys, configured
@@ -27,7 +28,12 @@ __all__ = ["Client", "RunningView", "Service"]
 
 TIMEOUT_HEADER = "x-timeout-seconds"
 """A client's own deadline; the service's is never exceeded."""
-Outcome = tuple[int, Event] | BaseException
+UNREAD = 4
+"""Events of one image that wait for a client which reads slowly; older ones are dropped, its picture never."""
+MARGIN = 10.0
+"""Seconds beyond `limits.seconds` after which an image's place is free whatever its backend does."""
+Outcome = int | BaseException
+"""The index of an image that has an unread event, or the end of all."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +46,24 @@ class RunningView:
     preview: bytes | None = None
     started: float = field(default_factory=time.time)
     interrupted: asyncio.Event = field(default_factory=asyncio.Event)
+    unread: deque[Event] = field(default_factory=lambda: deque(maxlen=UNREAD))
+
+    def tell(self, event: Event) -> bool:
+        """Have the client told, who need not read of a step without a preview once there is a newer one.
+
+        Returns:
+            Whether one more event is unread.
+        """
+        if isinstance(event, Progress):
+            self.step, self.steps = event.step, event.steps
+            self.preview = event.preview or self.preview
+            last = self.unread[-1] if self.unread else None
+            if isinstance(last, Progress) and last.preview is None:
+                self.unread[-1] = event
+                return False
+        full = len(self.unread) == UNREAD
+        self.unread.append(event)
+        return not full
 
 
 class Service:
@@ -113,7 +137,8 @@ class Service:
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Events as they come, each with the index of its work; the first as soon as an engine has it in its queue.
 
-        Closing the generator cancels what is not finished.
+        Closing the generator cancels what is not finished. An image's place is free as soon as it ends, however slowly
+        its events are read.
         """
         seconds = None if http is None else _seconds(http)
         works = [_owned(work, client, seconds) for work in works]
@@ -129,7 +154,7 @@ class Service:
             views = [RunningView(work, steps=work.request.steps or 0) for work in works]
             self._running.setdefault(client.id, []).extend(views)
             events: asyncio.Queue[Outcome] = asyncio.Queue()
-            tasks = [asyncio.create_task(self._one(i, view, events)) for i, view in enumerate(views)]
+            tasks = [asyncio.create_task(self._one(permit, i, view, events)) for i, view in enumerate(views)]
             if http is not None:
                 tasks.append(asyncio.create_task(_watch(http, events)))
             try:
@@ -138,15 +163,14 @@ class Service:
                     item = await events.get()
                     if isinstance(item, BaseException):
                         raise item
-                    if isinstance(item[1], Finished):
-                        left -= 1
-                        self.admission.finish(permit, item[0])
-                    yield item
+                    event = views[item].unread.popleft()
+                    left -= isinstance(event, Finished)
+                    yield item, event
             finally:
                 for task in tasks:
                     task.cancel()
+                self._forget(client, views)  # first: who waits here may be cancelled once more
                 await asyncio.gather(*tasks, return_exceptions=True)
-                self._forget(client, views)
 
     async def _cost(self, work: Work) -> float:
         """What the work costs, after everything about it was checked that can be without an engine."""
@@ -164,18 +188,27 @@ class Service:
             steps=request.steps or card.steps,
         ).cost
 
-    async def _one(self, index: int, view: RunningView, events: asyncio.Queue[Outcome]) -> None:
+    async def _one(
+        self, permit: Permit, index: int, view: RunningView, events: asyncio.Queue[Outcome]
+    ) -> None:
         interrupted = asyncio.create_task(_interruption(view, events))
         try:
-            async with aclosing(self.backend.run(view.work)) as run:
+            async with (
+                asyncio.timeout(self.config.limits.seconds + MARGIN),
+                aclosing(self.backend.run(view.work)) as run,
+            ):
                 async for event in run:
-                    if isinstance(event, Progress):
-                        view.step, view.steps = event.step, event.steps
-                        view.preview = event.preview or view.preview
-                    events.put_nowait((index, event))
+                    if isinstance(event, Finished):
+                        self.admission.finish(permit, index)
+                    if view.tell(event):
+                        events.put_nowait(index)
+        except TimeoutError:
+            seconds = self.config.limits.seconds
+            events.put_nowait(Refusal(504, "timeout", f"not finished within {seconds:g} s"))
         except Exception as error:
             events.put_nowait(error)
         finally:
+            self.admission.give_back(permit, index)
             interrupted.cancel()
 
     def _forget(self, client: Client, views: list[RunningView]) -> None:

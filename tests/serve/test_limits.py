@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from http.client import HTTPResponse
 from typing import Any
 
 import pytest
 
-from diffray.serve import middleware
+from diffray.model import ImageRequest
+from diffray.serve import middleware, service
 from diffray.serve.config import InvalidConfig, Limits, ServeConfig
 from diffray.serve.server import Patient
-from diffray.serve.service import Service
+from diffray.serve.service import UNREAD, RunningView, Service
+from diffray.serve.work import Event, Finished, Progress, Work
 
 from .ask import ask, connect, heard, post
 from .live import Live, live
@@ -28,6 +32,7 @@ IMAGES = "/v1/diffray/images"
 
 class Hurried(Patient):
     seconds = 1.5
+    read_seconds = 0.5
 
 
 @contextmanager
@@ -276,6 +281,72 @@ def test_disconnect_cancels_while_it_runs() -> None:
             wire.close()
             wait_for(lambda count=cancelled: backend.cancelled == count + 1)  # type: ignore[misc]
             wait_for(lambda: running.service.admission.images == 0)
+
+
+class Bulky(Scripted):
+    """Its pictures are larger than what lies between a client and the service."""
+
+    async def run(self, work: Work) -> AsyncGenerator[Event, None]:
+        async for event in super().run(work):
+            yield replace(event, data=bytes(16_000_000)) if isinstance(event, Finished) else event
+
+
+def test_who_does_not_read_holds_no_places_and_is_cut_off() -> None:
+    config = ServeConfig(limits=Limits(images_at_once=2), log="off")
+    with live(config, Bulky, http=Patient) as running:
+        body = {"prompt": "x", "steps": 2, "n": 2, "stream": True, "preview_every": 1}
+        with closing(post(running.url + IMAGES, body)) as wire:
+            backend: Any = running.service.backend
+            wait_for(lambda: len(backend.works) == 2)
+            wait_for(lambda: running.service.admission.images == 0)
+            assert running.service._running  # its answer stands still
+            answer = ask(running.url + IMAGES, {"steps": 1, "n": 2, "width": 64, "height": 64})
+            assert answer.status == 200
+            assert heard(wire, b"\r\n").startswith(b"HTTP/1.1 200 ")
+    with live(config, Bulky, http=Hurried) as running, closing(post(running.url + IMAGES, body)) as wire:
+        backend = running.service.backend
+        wait_for(lambda: len(backend.works) == 2)
+        wait_for(lambda: not running.service._running)
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := wire.recv(1 << 20):
+                got += piece
+        assert len(got) < 20_000_000  # what lay on the way
+
+
+def test_slow_reading_is_reading() -> None:
+    config = ServeConfig(log="off")
+    with (
+        live(config, Bulky, http=Hurried) as running,
+        closing(post(running.url + IMAGES, {"steps": 1})) as wire,
+    ):
+        answer = HTTPResponse(wire)
+        answer.begin()
+        data = b""
+        for _ in range(8):  # longer than it may stand still
+            time.sleep(0.2)
+            data += answer.read(2_000_000)
+        assert len(json.loads(data + answer.read())["images"]) == 1
+
+
+def test_unread_events_give_way_to_newer_ones_and_the_picture_stays() -> None:
+    view = RunningView(Work(request=ImageRequest(), model="m"))
+    told = sum(view.tell(Progress(step, 100, b"%d" % step if step % 2 else None)) for step in range(1, 101))
+    told += view.tell(finished := Finished(b"", ImageRequest(), "m", "", {}))
+    assert told == len(view.unread) == UNREAD
+    assert view.unread.pop() is finished
+    assert [event.step for event in view.unread if isinstance(event, Progress)] == [97, 99, 100]
+    plain = RunningView(Work(request=ImageRequest(), model="m"))
+    assert [plain.tell(Progress(step, 3)) for step in (1, 2, 3)] == [True, False, False]
+    assert list(plain.unread) == [Progress(3, 3)]
+
+
+def test_a_backend_that_never_ends_gives_its_places_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MARGIN", 0.1)
+    with limited(seconds=0.1) as running:
+        answer = ask(running.url + IMAGES, {"prompt": "wait"})  # a scripted one has no deadline of its own
+        assert (answer.status, answer.code) == (504, "timeout")
+        assert running.service.admission.images == 0
 
 
 def test_many_at_once_leave_nothing_behind() -> None:
