@@ -133,7 +133,8 @@ class Guardrails(Strict):
     prompt: tuple[str, ...] = ()
     """Called with the `ImageRequest`; a returned text is the reason to refuse."""
     image: tuple[str, ...] = ()
-    """Called with the finished PIL image and its `ImageRequest`, in a thread of the replica."""
+    """Called with the finished PIL image and its `ImageRequest`, in a thread of the replica. Where there is any, nobody
+    is shown an unfinished picture: there are no previews, and an interruption answers with what was finished."""
 
 
 class Store(Strict):

@@ -57,6 +57,7 @@ class Engines:
         self._started = False
         self._threads = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "diffray-serve")
         self._previewing = asyncio.Semaphore(1)
+        self._preview_failed = False
 
     async def start(self) -> None:
         """Check the adapters of all models, load the default model and warm it up.
@@ -145,7 +146,7 @@ class Engines:
                 shown = -1
                 while not ticket.future.done():
                     if ticket.step != shown:
-                        due = _preview_due(work, shown, ticket.step)
+                        due = not self._guards.images and _preview_due(work, shown, ticket.step)
                         shown = ticket.step
                         preview = await self._preview(ticket) if due else None
                         yield Progress(shown, ticket.steps, preview)
@@ -230,11 +231,19 @@ class Engines:
         return Finished(data, request, work.model, resident.checksum, timings, checksums)
 
     async def _preview(self, ticket: Ticket) -> bytes | None:
-        """One at a time, each in a thread that ends: its OpenMP team would slow the engine (`load_model`)."""
+        """One at a time, each in a thread that ends: its OpenMP team would slow the engine (`load_model`).
+
+        None where there is none yet, or none could be made: that is no fault of the image.
+        """
         async with self._previewing:
             apart = ThreadPoolExecutor(1, "diffray-preview")
             try:
                 return await asyncio.get_running_loop().run_in_executor(apart, partial(_small_jpeg, ticket))
+            except Exception as error:
+                if not self._preview_failed:
+                    log.error("a preview failed; later failures are not logged", exc_info=error)
+                self._preview_failed = True
+                return None
             finally:
                 apart.shutdown(wait=False)
 

@@ -30,6 +30,11 @@ class Guards:
         self._prompt: Sequence[PromptHook] = [_hook(path) for path in config.prompt]
         self._image: Sequence[ImageHook] = [_hook(path) for path in config.image]
 
+    @property
+    def images(self) -> bool:
+        """Whether pictures are checked; then nobody sees one unfinished."""
+        return bool(self._image)
+
     def check_prompt(self, request: ImageRequest) -> None:
         """Raises:
         Refusal: "content_filtered".

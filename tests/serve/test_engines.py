@@ -11,9 +11,10 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from diffray.model import GenerationError, ImageRequest, InvalidRequest, flight
+from diffray.model import GenerationError, ImageRequest, InvalidRequest, flight, tickets
 from diffray.serve import metrics, residents
 from diffray.serve.config import Guardrails, Limits, Memory, ModelEntry, ServeConfig
 from diffray.serve.engines import EngineHangs, Engines
@@ -350,6 +351,35 @@ def test_pictures_are_checked_before_anybody_sees_them() -> None:
                 await finish(backend, work(seed=6))
             assert refused.value.code == "content_filtered"
             await finish(backend, work(seed=7))
+
+    run(test)
+
+
+def test_unfinished_pictures_that_nobody_checked_are_not_shown() -> None:
+    async def test() -> None:
+        rules = Guardrails(image=("tests.serve.test_engines:refuse_everything",))
+        async with engines(guardrails=rules) as backend:
+            events = [event async for event in backend.run(work(steps=9, preview_every=1))]
+            assert [event for event in events if isinstance(event, Progress)]
+            assert not any(event.preview for event in events if isinstance(event, Progress))
+
+    run(test)
+
+
+def test_a_preview_that_fails_costs_no_image(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory for a preview")
+
+    async def test() -> None:
+        async with engines() as backend:
+            await backend.start()
+            monkeypatch.setattr(tickets, "preview_image", fail)
+            events = [event async for event in backend.run(work(steps=9, preview_every=1))]
+            assert isinstance(events[-1], Finished)
+            assert not any(event.preview for event in events if isinstance(event, Progress))
+        assert caplog.text.count("preview failed") == 1
 
     run(test)
 
