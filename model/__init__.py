@@ -17,6 +17,7 @@ from .errors import (
     InvalidRequest,
     JobConflict,
     JobError,
+    OutOfMemory,
     UnsafeCheckpoint,
 )
 from .request import ImageRequest
@@ -40,6 +41,7 @@ __all__ = [
     "JobError",
     "Model",
     "ModelConfig",
+    "OutOfMemory",
     "Result",
     "Ticket",
     "UnsafeCheckpoint",

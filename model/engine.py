@@ -48,8 +48,8 @@ class Engine:
         model: from `load_model`.
         batch_size: images denoised together; None picks by device and network size.
         rows: rows of one network call, fixed; None is where throughput levels off (`default_rows`). Another
-            value may change the last bits of an image. Running out of memory halves it, which is logged and
-            shows in `Result.rows`.
+            value may change the last bits of an image. Running out of memory halves them for latents of that
+            shape, which is logged and shows in `Result.rows`.
         compile: run the network through `torch.compile`.
         observer: called after each denoising step with the number of images in it and the seconds it took,
             from the engine's thread; must be quick and not raise.
@@ -235,7 +235,7 @@ class Engine:
 
     @property
     def rows(self) -> int:
-        """Rows of one network call."""
+        """Rows of one network call, where memory never ran out."""
         return self.network.size
 
     @property

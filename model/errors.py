@@ -4,7 +4,8 @@
     ├── InvalidRequest       a request field is outside its allowed range (one row, one HTTP body)
     ├── CheckpointError      a checkpoint cannot be read, recognised or filled completely
     │   └── UnsafeCheckpoint it would have to be unpickled to be read
-    ├── GenerationError      one image failed while it was made (non-finite output, out of memory at batch 1)
+    ├── GenerationError      one image failed while it was made (non-finite output)
+    │   └── OutOfMemory      it needs more memory than the device has, even alone
     ├── Cancelled            the caller took the image back
     └── JobError             a batch job refuses to start or go on
         ├── JobConflict      the output belongs to another job, or config, model or input changed
@@ -49,6 +50,10 @@ class UnsafeCheckpoint(CheckpointError):
 
 class GenerationError(DiffrayError):
     """One image failed while it was made."""
+
+
+class OutOfMemory(GenerationError):
+    """One image needs more memory than the device has, even alone: a smaller one may fit, another seed does not."""
 
 
 class Cancelled(DiffrayError):

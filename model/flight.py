@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from .adapters.choices import AdapterChoice
-from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError
+from .errors import Cancelled, CheckpointError, DiffrayError, GenerationError, OutOfMemory
 from .images import pasted, to_image
 from .latents import decode, ordinary
 from .preparation import Prepared, prepare, second_pass
 from .queue import Queue
 from .request import ImageRequest
-from .rows import Rows
+from .rows import Rows, is_out_of_memory
 from .slots import Bucket, Slot, advance
 from .tickets import Result, Ticket
 
@@ -185,7 +185,9 @@ class Flight:
         try:
             with self._model.adapters.in_unet(bucket.adapters):
                 advance(bucket, self._network, self._model.config.noise.prediction_type)
-        except (torch.cuda.OutOfMemoryError, CheckpointError) as error:
+        except (RuntimeError, CheckpointError) as error:
+            if not isinstance(error, CheckpointError) and not is_out_of_memory(error):
+                raise
             for slot in list(bucket.slots):
                 bucket.remove(slot)
                 self._queue.settle(slot.ticket, own_error(error, "denoise", slot.prepared.request))
@@ -237,7 +239,9 @@ class Flight:
         else:
             kept = ordinary(latents)
         ticket._lap("decode")
-        self._queue.settle(ticket, Result(image, kept, request, dict(ticket.timings), self._network.size))
+        self._queue.settle(
+            ticket, Result(image, kept, request, dict(ticket.timings), self._network.rows_of(latents))
+        )
 
     def _picture(self, request: ImageRequest, latents: Tensor) -> Image.Image:
         image = to_image(decode(self._model, latents))
@@ -262,10 +266,10 @@ def own_error(error: Exception, what: str, request: ImageRequest | None = None) 
     """
     if isinstance(error, DiffrayError):
         return error
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if is_out_of_memory(error):
         torch.cuda.empty_cache()
         size = "" if request is None else f"{request.width}x{request.height} "
-        return GenerationError(f"{what}: {size}does not fit the device's memory: {error}")
+        return OutOfMemory(f"{what}: {size}does not fit the device's memory: {error}")
     if "CUDA" in str(error):
         raise error
     # A source image that cannot be decoded, say.

@@ -19,6 +19,9 @@ PROOFS = 3
 REFUTED = -1
 CHANGE = "the last bits of images may differ from those made before (see Result.rows)"
 
+ALLOCATORS = ("you tried to allocate", "MPS backend out of memory")
+"""What errors of the CPU's and of Apple's have in them."""
+
 log = logging.getLogger("diffray.model")
 LARGE = 1_500_000_000
 """Parameters above which a network is of SDXL's size, not of SD 1's."""
@@ -34,8 +37,8 @@ class Rows:
 
     Args:
         unet: the network, compiled or not.
-        size: rows of one call. Running out of memory halves it for good, which is logged and which
-            `Result.rows` tells: the last bits of images change with it.
+        size: rows of one call. Running out of memory halves them for good for latents of that shape, which is
+            logged and which `Result.rows` tells: the last bits of images change with it.
         shorten: whether shorter calls are tried; a compiled network would be compiled for each.
 
     Attributes:
@@ -48,52 +51,66 @@ class Rows:
         self.shorten = shorten
         self.calls = 0
         self._agreed: dict[tuple[object, ...], int] = {}
+        self._halved: dict[torch.Size, int] = {}
+        """Rows of a call for those shapes of latents that do not fit the memory at `size`."""
+
+    def rows_of(self, latents: Tensor) -> int:
+        """Rows of a call with latents of this shape [..., C, h, w]."""
+        return self._halved.get(latents.shape[-3:], self.size)
 
     def __call__(self, scaled: Tensor, times: Tensor, branches: Sequence[Branch]) -> Tensor:
         """Raw outputs [N, C, h, w] float32 for scaled latents [N, C, h, w], timesteps [N] and N branches.
 
         Raises:
-            torch.cuda.OutOfMemoryError: a single row does not fit.
+            RuntimeError: a single row does not fit (`is_out_of_memory`).
         """
         while True:
+            size = self.rows_of(scaled)
             try:
-                starts = range(0, len(branches), self.size)
-                return torch.cat([self._part(scaled, times, branches, start) for start in starts])
-            except torch.cuda.OutOfMemoryError:
-                if self.size == 1:
+                starts = range(0, len(branches), size)
+                return torch.cat([self._part(scaled, times, branches, start, size) for start in starts])
+            except RuntimeError as error:
+                if size == 1 or not is_out_of_memory(error):
                     raise
-                self.size //= 2
-                self._agreed.clear()
-                torch.cuda.empty_cache()
-                log.warning("out of memory: %d rows a network call from now on; %s", self.size, CHANGE)
+            self._halved[scaled.shape[1:]] = size // 2
+            torch.cuda.empty_cache()
+            shape = "x".join(map(str, scaled.shape[1:]))
+            log.warning(
+                "out of memory: %d rows a network call for latents %s from now on; %s",
+                size // 2,
+                shape,
+                CHANGE,
+            )
 
-    def _part(self, scaled: Tensor, times: Tensor, branches: Sequence[Branch], start: int) -> Tensor:
+    def _part(
+        self, scaled: Tensor, times: Tensor, branches: Sequence[Branch], start: int, size: int
+    ) -> Tensor:
         """The outputs of at most `size` rows from `start`."""
         self.calls += 1
-        own = branches[start : start + self.size]
+        own = branches[start : start + size]
         part = slice(start, start + len(own))
 
         def call(rows: int) -> Tensor:
             return self._call(scaled[part], times[part], own, rows)
 
-        shapes = (scaled.shape[1:], own[0].context.shape, self.size)
-        for rows in self._shorter(len(own)):
+        shapes = (scaled.shape[1:], own[0].context.shape, size)
+        for rows in self._shorter(len(own), size):
             agreed = self._agreed.get((rows, shapes), 0)
             if agreed == REFUTED:
                 continue
             if agreed == PROOFS:
                 return call(rows)[: len(own)]
-            whole, short = call(self.size), call(rows)
+            whole, short = call(size), call(rows)
             same = torch.equal(whole[:rows].view(torch.int32), short.view(torch.int32))
             self._agreed[rows, shapes] = agreed + 1 if same else REFUTED
             return whole[: len(own)]
-        return call(self.size)[: len(own)]
+        return call(size)[: len(own)]
 
-    def _shorter(self, count: int) -> list[int]:
+    def _shorter(self, count: int, size: int) -> list[int]:
         """Sizes below `size` that hold `count` rows; kernels work on rows by fours, at the finest."""
         if not self.shorten:
             return []
-        return [rows for rows in (1, 2, *range(4, self.size, 4)) if count <= rows < self.size]
+        return [rows for rows in (1, 2, *range(4, size, 4)) if count <= rows < size]
 
     def _call(self, scaled: Tensor, times: Tensor, own: Sequence[Branch], rows: int) -> Tensor:
         """Outputs of `rows` rows: these, then the first again, which is finite."""
@@ -113,6 +130,13 @@ class Rows:
             _stack([branch.guidance for branch in padded]),
         )
         return output.float()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that the device does not have; some of torch's allocators say so in words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:

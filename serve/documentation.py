@@ -23,6 +23,7 @@ STATUSES = {
     500: ("generation_failed", "The image could not be made."),
     503: ("queue_full", "Too much for the service now; see Retry-After."),
     504: ("timeout", "Not finished in time."),
+    507: ("out_of_memory", "The image does not fit the device's memory."),
 }
 """An example's code and what the status means."""
 READING = (401, 403, 404, 422, 500, 503)

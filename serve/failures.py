@@ -13,13 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from diffray.model import GenerationError, InvalidRequest
+from diffray.model import GenerationError, InvalidRequest, OutOfMemory
 
 from . import metrics
 from .refusal import Refusal
 
 log = logging.getLogger("diffray.serve")
-WASTEFUL = ("generation_failed", "timeout")
+WASTEFUL = ("generation_failed", "out_of_memory", "timeout")
 """After engine time was spent: the `openai` package would spend it again on its own."""
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
 
@@ -37,6 +37,9 @@ def refusal_of(error: Exception) -> Refusal:
             return error.__cause__
         code = CODES.get(error.status_code, "bad_request")
         return Refusal(error.status_code, code, str(error.detail))
+    if isinstance(error, OutOfMemory):
+        message = "the image does not fit the device's memory; a smaller one may (width, height, hires_scale)"
+        return Refusal(507, "out_of_memory", message)
     if isinstance(error, GenerationError):
         return Refusal(500, "generation_failed", "the image could not be made; another seed may work")
     log.error("request failed", exc_info=error)

@@ -24,6 +24,7 @@ from diffray.model import (
     GenerationError,
     ImageRequest,
     InvalidRequest,
+    OutOfMemory,
     Result,
     Ticket,
     flight,
@@ -504,13 +505,24 @@ def test_network_that_makes_nan_of_one_image_spares_the_others() -> None:
     assert finished([tickets[0], tickets[2]]) == [alone(0), alone(1)]
 
 
-def limited(engine: Engine, most: list[int]) -> Callable[..., Tensor]:
+def cpu_allocation(*_: object) -> Tensor:
+    """What torch raises on a CPU."""
+    return torch.empty(1 << 60)
+
+
+def cuda_allocation(*_: object) -> Tensor:
+    raise torch.cuda.OutOfMemoryError("out of memory")
+
+
+def limited(
+    engine: Engine, most: list[int], allocate: Callable[..., Tensor] = cuda_allocation
+) -> Callable[..., Tensor]:
     """The engine's network on a device with memory for `most[0]` rows."""
     unet = engine.network.unet
 
     def call(x: Tensor, *rest: Any) -> Tensor:
         if len(x) > most[0]:
-            raise torch.cuda.OutOfMemoryError("out of memory")
+            allocate()
         found: Tensor = unet(x, *rest)
         return found
 
@@ -522,23 +534,41 @@ def test_out_of_memory_halves_the_rows(most: int, rows: int) -> None:
     engine = make(rows=16)
     engine.network.unet = limited(engine, [most])
     results = engine.generate(MIXED[:5])
-    assert engine.rows == rows
     wanted = make(rows=rows).generate(MIXED[:5])
     assert [content(result) for result in results] == [content(result) for result in wanted]
     assert {result.rows for result in results} == {rows}
 
 
-def test_out_of_memory_at_one_row_fails_those_images_alone() -> None:
+def test_out_of_memory_of_one_size_halves_no_other_s_rows() -> None:
+    engine = make(rows=16)
+    unet = engine.network.unet
+
+    def call(x: Tensor, *rest: Any) -> Tensor:
+        if len(x) > 4 and x.shape[-1] > 4:
+            cuda_allocation()
+        found: Tensor = unet(x, *rest)
+        return found
+
+    engine.network.unet = call
+    large = ask(width=64, steps=2)
+    results = engine.generate([large, *MIXED[:2]])
+    assert [result.rows for result in results] == [4, 16, 16]
+    assert content(results[0]) == content(make(rows=4).generate([large])[0])
+    wanted = make(rows=16).generate(MIXED[:2])
+    assert [content(result) for result in results[1:]] == [content(result) for result in wanted]
+
+
+@pytest.mark.parametrize("allocate", [cuda_allocation, cpu_allocation])
+def test_out_of_memory_at_one_row_fails_those_images_alone(allocate: Callable[..., Tensor]) -> None:
     engine = make()
     most = [0]
-    engine.network.unet = limited(engine, most)
+    engine.network.unet = limited(engine, most, allocate)
     tickets = [engine.submit(request) for request in MIXED[:3]]
     run(engine)
     for ticket in tickets:
-        with pytest.raises(GenerationError, match=r"32x32.*memory"):
+        with pytest.raises(OutOfMemory, match=r"32x32.*memory"):
             ticket.future.result(0)
     most[0] = 99
-    assert engine.rows == 1
     assert oracle.relative(*(e.generate([MIXED[0]])[0].latents for e in (engine, make(rows=1)))) == 0.0
 
 
@@ -556,7 +586,7 @@ def test_out_of_memory_elsewhere_fails_that_image_alone(part: str, monkeypatch: 
     engine = make()
     tickets = [engine.submit(ask(width=64, steps=1)), engine.submit(MIXED[0])]
     run(engine)
-    with pytest.raises(GenerationError, match=r"64x32.*memory"):
+    with pytest.raises(OutOfMemory, match=r"64x32.*memory"):
         tickets[0].future.result(0)
     assert content(tickets[1].future.result(0)) == alone(0)
 

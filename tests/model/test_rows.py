@@ -101,6 +101,7 @@ def test_running_out_of_memory_is_logged_and_starts_anew(caplog: pytest.LogCaptu
     most[0] = 8
     with caplog.at_level(logging.WARNING, logger="diffray.model"):
         halved = ask(rows, 12)
-    assert rows.size == 8
     assert "8 rows" in caplog.text
+    assert rows.rows_of(torch.zeros(SHAPE)) == 8
+    assert rows.rows_of(torch.zeros(4, 2, 2)) == 16
     assert torch.equal(halved, ask(Rows(Kernel(regime), 8, shorten=False), 12))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from diffray.model import GenerationError, InvalidRequest
+from diffray.model import GenerationError, InvalidRequest, OutOfMemory
 from diffray.serve.config import ServeConfig
 from diffray.serve.refusal import Refusal
 from diffray.serve.work import Event, Finished, ModelCard, Progress, Work
@@ -27,7 +27,7 @@ REFUSALS = {
 
 
 class Scripted:
-    """Prompts: "refuse 429" is refused each time, "busy" the first time only, "fail" and "invalid" raise, "late"
+    """Prompts: "refuse 429" is refused each time, "busy" the first time only, "fail", "huge" and "invalid" raise, "late"
     fails after a step, "wait" waits until cancelled after half its steps; others become a picture of one colour.
     """
 
@@ -73,6 +73,8 @@ class Scripted:
             raise Refusal(503, "queue_full", "try again", retry_after=0.01)
         if word[0] == "fail":
             raise GenerationError("/secret/path: device lost on host gpu-17")
+        if word[0] == "huge":
+            raise OutOfMemory("denoise: 64x64 does not fit the device's memory: /secret/path, gpu-17")
         if word[0] == "invalid":
             raise InvalidRequest("schedule", "got 'x', allowed is another")
         steps = request.steps or self.card.steps

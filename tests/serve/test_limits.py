@@ -369,9 +369,17 @@ def test_client_deadline_header() -> None:
         assert backend.works[-1].seconds == 7.0
 
 
-def test_errors_never_show_what_is_inside(small: Live) -> None:
-    answer = ask(small.url + IMAGES, {"prompt": "fail", "steps": 1})
-    assert answer.status == 500
+@pytest.mark.parametrize(
+    ("prompt", "status", "code", "advice"),
+    [("fail", 500, "generation_failed", "another seed"), ("huge", 507, "out_of_memory", "a smaller one")],
+)
+def test_errors_never_show_what_is_inside(
+    small: Live, prompt: str, status: int, code: str, advice: str
+) -> None:
+    answer = ask(small.url + IMAGES, {"prompt": prompt, "steps": 1})
+    assert (answer.status, answer.code) == (status, code)
+    assert advice in answer.json["error"]["message"]
+    assert answer.headers["x-should-retry"] == "false"
     assert "secret" not in answer.data.decode()
     assert "gpu-17" not in answer.data.decode()
     assert answer.headers["x-request-id"] == answer.json["error"]["request_id"]
