@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from diffray.model import GenerationError, InvalidRequest, OutOfMemory
 
@@ -69,6 +70,10 @@ class Failures:
     def dialect_name(self, path: str) -> str:
         """Its name in metrics."""
         return self.dialect(path).__name__.rpartition(".")[2]
+
+    def makes(self, scope: Scope) -> bool:
+        """Whether a request asks for images."""
+        return scope["method"] == "POST" and scope["path"].startswith(self.dialect(scope["path"]).MAKES)
 
     def answer(self, http: Request, error: Exception) -> JSONResponse:
         """The response that says it, with the headers that clients act on."""

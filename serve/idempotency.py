@@ -1,14 +1,15 @@
 """Requests that are sent twice and answered once: what the header `Idempotency-Key` asks for.
 
 The first request with a key is carried out even if its sender goes away, so that a retry after a time-out finds
-the answer instead of a second generation. Same client, same key, same body: same answer, byte for byte. Only
-answers that succeeded are kept; a refused request may be sent again.
+the answer instead of a second generation. Same client, same key, same content: same answer, byte for byte. Only
+answers that succeeded are kept; a refused request may be sent again, and so may one that asks for no images.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from .refusal import Refusal
 
 HEADER = "idempotency-key"
 MAX_KEY = 255
+RECORDINGS = 4096
+"""Answers kept, however small they are."""
+BOUNDARY = re.compile(r';\s*boundary="?([^";]*)"?', re.IGNORECASE)
 
 
 @dataclass(eq=False)
@@ -52,8 +56,9 @@ class Idempotency:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        key = Request(scope).headers.get(HEADER) if scope["type"] == "http" else None
-        if key is None or scope["method"] != "POST":
+        makes = scope["type"] == "http" and self.failures.makes(scope)
+        key = Request(scope).headers.get(HEADER) if makes else None
+        if key is None:
             return await self.app(scope, receive, send)
         try:
             name, fingerprint, message = await self._identify(scope, receive, key)
@@ -80,8 +85,7 @@ class Idempotency:
         message = await receive()
         client = scope["state"]["client"].id
         name = hashlib.sha256(f"{client}\n{key}".encode()).digest()
-        head = f"{scope['path']}\n{scope['query_string'].decode('latin-1')}\n".encode()
-        return name, hashlib.sha256(head + message.get("body", b"")).digest(), message
+        return name, _fingerprint(scope, message.get("body", b"")), message
 
     def _begin(self, name: bytes, fingerprint: bytes, scope: Scope, message: Message) -> Recording:
         """Carry the request out in a task of its own."""
@@ -124,9 +128,24 @@ class Idempotency:
         total = sum(recording.bytes for recording in self._recordings.values())
         oldest = time.monotonic() - self.limits.idempotency_seconds
         for name, recording in list(self._recordings.items()):
-            if recording.over and (recording.begun < oldest or total > self.limits.idempotency_bytes):
+            full = total > self.limits.idempotency_bytes or len(self._recordings) > RECORDINGS
+            if recording.over and (recording.begun < oldest or full):
                 total -= recording.bytes
                 del self._recordings[name]
+
+
+def _fingerprint(scope: Scope, body: bytes) -> bytes:
+    """What makes two requests the same: path, query, kinds of body and answer, and the body.
+
+    The line between the parts of a form is not of them: clients draw it anew for every attempt.
+    """
+    headers = Request(scope).headers
+    kind = headers.get("content-type", "")
+    if boundary := BOUNDARY.search(kind):
+        kind = kind.replace(boundary[0], "")
+        body = body.replace(b"--" + boundary[1].encode("latin-1"), b"--")
+    head = [scope["path"], scope["query_string"].decode("latin-1"), kind, headers.get("accept", "")]
+    return hashlib.sha256("\n".join(head).encode() + b"\n" + body).digest()
 
 
 async def _play(recording: Recording, send: Send, replayed: bool) -> None:

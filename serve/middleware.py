@@ -122,12 +122,7 @@ class Bodies:
         try:
             try:
                 client = await self.service.client(http)
-                makes = self.failures.dialect(scope["path"]).MAKES
-                if (
-                    scope["method"] == "POST"
-                    and scope["path"].startswith(makes)
-                    and IDEMPOTENCY not in http.headers
-                ):
+                if self.failures.makes(scope) and IDEMPOTENCY not in http.headers:
                     self.service.admission.check_full(client)
                 await self._read(http, receive, chunks)
             except Refusal as refusal:
