@@ -20,8 +20,8 @@ from . import metrics
 from .refusal import Refusal
 
 log = logging.getLogger("diffray.serve")
-WASTEFUL = ("generation_failed", "out_of_memory", "timeout")
-"""After engine time was spent: the `openai` package would spend it again on its own."""
+WASTEFUL = ("generation_failed", "out_of_memory", "timeout", "interrupted", "store_failed")
+"""After engine time was spent, or against its client's own wish: the `openai` package would ask again on its own."""
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
 
 
@@ -56,6 +56,14 @@ def _invalid_body(error: RequestValidationError) -> Refusal:
     return Refusal(422, "invalid_value", f"{field or 'body'}: {reason}", field=field or None)
 
 
+def noted(http: Request, error: Exception) -> Refusal:
+    """What a client is told of an error, in an answer or at the end of a stream; counted, and for the access log."""
+    refusal = refusal_of(error)
+    metrics.REJECTIONS.add(reason=refusal.code)
+    http.state.refused = refusal.code
+    return refusal
+
+
 class Failures:
     """Writes refusals in the form of the dialect whose path was asked; the last dialect has all other paths."""
 
@@ -77,9 +85,7 @@ class Failures:
 
     def answer(self, http: Request, error: Exception) -> JSONResponse:
         """The response that says it, with the headers that clients act on."""
-        refusal, dialect = refusal_of(error), self.dialect(http.url.path)
-        metrics.REJECTIONS.add(reason=refusal.code)
-        http.state.refused = refusal.code
+        refusal, dialect = noted(http, error), self.dialect(http.url.path)
         headers: dict[str, str] = {}
         if refusal.retry_after is not None:
             headers["retry-after"] = str(max(1, math.ceil(refusal.retry_after)))

@@ -71,7 +71,7 @@ def router(service: Service) -> APIRouter:
         works = await asyncio.to_thread(body.works, card.name, pixels, body.preview_every)
         if body.stream:
             events = await begun(service.stream(http, client, works), 0, streams.KEEP_ALIVE)
-            return streams.event_stream(_server_sent(events, works, http.state.request_id))
+            return streams.event_stream(_server_sent(http, events, works))
         finished = await service.make(http, client, works)
         media = MEDIA_TYPES[body.format]
         if len(finished) == 1 and media in http.headers.get("accept", ""):
@@ -115,7 +115,7 @@ def _state(job: Job) -> JobState:
 
 
 async def _server_sent(
-    events: AsyncGenerator[tuple[int, Event], None], works: list[Work], request_id: str
+    http: Request, events: AsyncGenerator[tuple[int, Event], None], works: list[Work]
 ) -> AsyncGenerator[str, None]:
     """The stream; a failure after it has begun is its last event."""
     try:
@@ -130,4 +130,4 @@ async def _server_sent(
                     facts["preview"] = base64_text(event.preview)
                 yield streams.message("progress", facts)
     except Exception as error:
-        yield streams.message("error", refused(failures.refusal_of(error), request_id))
+        yield streams.message("error", refused(failures.noted(http, error), http.state.request_id))

@@ -127,7 +127,7 @@ async def _answer(service: Service, http: Request, client: Client, wanted: Asked
     with client_names(wanted.names):
         if wanted.partial_images is not None:
             events = await begun(service.stream(http, client, wanted.works), 1, streams.KEEP_ALIVE)
-            return streams.event_stream(server_sent(events, wanted, kind))
+            return streams.event_stream(server_sent(http, events, wanted, kind))
         finished = await service.make(http, client, wanted.works)
     answer = bodies.Images(
         created=int(time.time()),

@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import Any, Literal
 
 from PIL import Image
+from starlette.requests import Request
 
 from .. import failures
 from ..refusal import Refusal
@@ -39,7 +40,7 @@ def error_body(refusal: Refusal) -> dict[str, Any]:
 
 
 async def server_sent(
-    events: AsyncGenerator[tuple[int, Event], None], wanted: Asked, kind: Kind
+    http: Request, events: AsyncGenerator[tuple[int, Event], None], wanted: Asked, kind: Kind
 ) -> AsyncGenerator[str, None]:
     """The stream. `index` (an extension) tells the images of a request for several apart.
 
@@ -57,7 +58,7 @@ async def server_sent(
                         yield _message(f"{kind}.partial_image", facts | {"partial_image_index": sent[index]})
                         sent[index] += 1
     except Exception as error:
-        yield _message("error", error_body(failures.refusal_of(error)))
+        yield _message("error", error_body(failures.noted(http, error)))
 
 
 def _message(event: str, facts: dict[str, Any]) -> str:

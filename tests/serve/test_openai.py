@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from diffray.serve import keys
 from diffray.serve.config import Access, Guardrails, Limits, ServeConfig
 from diffray.serve.dialects.openai_bodies import Generation
 from diffray.serve.dialects.openai_works import asked
+from diffray.serve.store import Files
 
 from .live import Live, live
 from .reference import made
@@ -361,6 +363,41 @@ def test_a_failed_image_says_nothing_internal_and_is_not_tried_again(stage: tupl
         client.images.generate(prompt="fail")
     assert [work.request.prompt for work in backend.works].count("fail") == 1
     assert not {"secret", "gpu-17"} & set(caught.value.response.text.replace("/", " ").split())
+
+
+def test_what_its_client_interrupted_is_not_tried_again(stage: tuple[Live, Scripted]) -> None:
+    running, backend = stage
+    backend.works.clear()
+
+    def interrupt() -> None:
+        while not running.service.admission.images:
+            time.sleep(0.01)
+        requests.post(f"{running.url}/sdapi/v1/interrupt")
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with (
+        client_of(running, max_retries=1, timeout=20) as client,
+        pytest.raises(openai.ConflictError) as caught,
+    ):
+        client.images.generate(prompt="wait")
+    thread.join()
+    assert caught.value.code == "interrupted"
+    assert len(backend.works) == 1
+
+
+def test_an_image_that_cannot_be_stored_is_not_made_twice(
+    scripted: tuple[openai.OpenAI, Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Files, name: str, data: bytes) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Files, "write", fail)
+    client, backend = scripted
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.with_options(max_retries=2).images.generate(prompt="x", response_format="url")
+    assert caught.value.code == "store_failed"
+    assert len(backend.works) == 1
 
 
 def test_the_sdk_tries_again_after_the_time_it_is_told(stage: tuple[Live, Scripted]) -> None:

@@ -1,8 +1,9 @@
-"""Server-sent events that are silent for long: the connection is kept, the client sees nothing of it."""
+"""Server-sent events: silence that keeps the connection, of which the client sees nothing, and failures at the end."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import closing
@@ -14,7 +15,7 @@ from diffray.serve.config import ServeConfig
 from diffray.serve.dialects import streams
 from diffray.serve.work import Event, Work
 
-from .ask import post
+from .ask import ask, post
 from .live import live
 from .scripted import Scripted
 
@@ -120,3 +121,29 @@ def test_the_sdk_skips_comments() -> None:
         kinds = [event.type for event in stream]
     assert kinds[-1] == "image_generation.completed"
     assert set(kinds[:-1]) == {"image_generation.partial_image"}
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/diffray/images", {"preview_every": 1}),
+        ("/v1/images/generations", {"partial_images": 1, "size": "64x64"}),
+    ],
+)
+def test_a_failure_at_the_end_of_a_stream_is_seen_by_operators(
+    path: str, more: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failures(url: str) -> float:
+        lines = ask(url + "/metrics").data.decode().splitlines()
+        name = 'diffray_rejections_total{reason="generation_failed"} '
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+    with live(ServeConfig(), Scripted) as running:
+        before = failures(running.url)
+        capsys.readouterr()
+        answer = ask(running.url + path, {"prompt": "late", "stream": True, **more})
+        assert answer.status == 200
+        assert b"event: error" in answer.data
+        assert failures(running.url) == before + 1
+    line = json.loads(capsys.readouterr().out)
+    assert (line["path"], line["status"], line["refused"]) == (path, 200, "generation_failed")
