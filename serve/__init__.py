@@ -15,7 +15,8 @@ def app_builder(args: dict[str, Any]) -> Application:
 
     Args:
         args: the keys of a service config. Where Serve's proxies listen is not known here, so that without
-            `access.keys` it has to be said that everybody may ask (`access: {anonymous: true}`).
+            `access.keys` it has to be said that everybody may ask (`access: {anonymous: true}`). When the ingress
+            starts it asks Serve: what listens on a loopback address only then answers to local names only.
 
     Raises:
         InvalidConfig: a key is unknown, has a wrong value, or access is open by mistake.

@@ -203,7 +203,7 @@ class ServeConfig(Strict):
 
     @property
     def private(self) -> bool:
-        """Whether only this machine can reach the service. On Ray, others decide that."""
+        """Whether only this machine can reach the service. On Ray, Serve's own address is what counts: `located`."""
         return self.host in LOOPBACK
 
     @property

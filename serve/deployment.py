@@ -6,11 +6,13 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -54,7 +56,7 @@ class Ingress:
             )
         config = ServeConfig.checked(values)
         backend = HandleBackend(config, engines)
-        self.service = Service(config, backend)
+        self.service = Service(located(config, await _http_options()), backend)
         await backend.started()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -121,27 +123,41 @@ def application(config: ServeConfig) -> serve.Application:
 
 
 def run(config: ServeConfig, said: Callable[[str], None] = print, address: str | None = None) -> None:
-    """Serve on Ray until SIGINT or SIGTERM.
+    """Serve on Ray until SIGINT or SIGTERM; beside other applications, and at its address, where a Serve runs already.
 
     Raises:
         InvalidConfig: anybody could use the service.
         RuntimeError: the application did not become healthy (Ray).
     """
     app = application(config)
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-    serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-    said(f"http://{config.host}:{config.port}/  loading {config.default_model} ...")
-    serve.run(app, name=APPLICATION, route_prefix="/")
-    said("ready")
-    try:
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+            stack.callback(ray.shutdown)
+        if _http_options() is None:
+            stack.callback(serve.shutdown)
+        serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+        config = located(config, ray.get(_http_options()))  # a Serve that ran before stays where it is
+        check_access(config)
+        said(f"http://{config.host}:{config.port}/  loading {config.default_model} ...")
+        stack.callback(serve.delete, APPLICATION)
+        serve.run(app, name=APPLICATION, route_prefix="/")
+        said("ready")
         _wait()
-    finally:
-        serve.delete(APPLICATION)
-        if started:
-            serve.shutdown()  # type: ignore[no-untyped-call]
-            ray.shutdown()
+
+
+def located(config: ServeConfig, http: HTTPOptions) -> ServeConfig:
+    """The config with the address at which Serve itself listens: that decides who can reach the service."""
+    return config.model_copy(update={"host": http.host or "0.0.0.0", "port": http.port})
+
+
+def _http_options() -> Any:
+    """The future HTTP options of the Serve that runs; None where none does."""
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
+    return controller.get_http_config.remote()
 
 
 def _wait() -> None:

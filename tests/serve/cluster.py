@@ -30,7 +30,7 @@ PNG = "/v1/diffray/images"
 
 
 @contextmanager
-def cluster(cpus: int = 2) -> Iterator[str]:
+def cluster(cpus: int = 2, host: str = "127.0.0.1") -> Iterator[str]:
     """Ray and an HTTP proxy, without an application; its URL."""
     mode = os.environ.get("RAY_AUTH_MODE")  # Ray sets it and leaves it behind
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -41,7 +41,7 @@ def cluster(cpus: int = 2) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(http_options={"host": host, "port": port})
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

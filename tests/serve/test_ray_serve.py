@@ -127,6 +127,11 @@ def test_refusals_come_through_from_the_engines(url: str) -> None:
     assert ask(url + "/nowhere").code == "not_found"
 
 
+def test_anonymous_on_a_loopback_address_means_local_names_only(url: str) -> None:
+    assert ask(url + "/v1/diffray/models", host="evil.example").status == 403
+    assert ask(url + PNG, {"steps": 1}, origin="http://evil.example").status == 403
+
+
 def test_a_client_that_leaves_frees_the_engine(url: str) -> None:
     for body in ({"steps": 1000}, {"steps": 1000, "stream": True}):
         pids = replicas()
