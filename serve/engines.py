@@ -45,13 +45,18 @@ class EngineHangs(GenerationError):
 class Engines:
     """A `Backend` in this process. Belongs to one event loop.
 
+    Args:
+        renew: load a model again whose engine broke. Without, `check` raises from then on, for whoever replaces the
+            whole process.
+
     Raises:
         InvalidConfig: a guardrail or a folder of adapters cannot be read.
     """
 
-    def __init__(self, config: ServeConfig, load: Loader | None = None) -> None:
+    def __init__(self, config: ServeConfig, load: Loader | None = None, *, renew: bool = True) -> None:
         self.config = config = config.listed()
         self.residents = Residents(config.models, config.memory, load)
+        self._renew = renew
         self._guards = Guards(config.guardrails)
         self._configs: dict[str, ModelConfig] = {}
         self._started = False
@@ -163,6 +168,8 @@ class Engines:
                     metrics.CANCELLED.add(model=work.model)
         finally:
             await self.residents.leave(resident)
+            if self._renew and resident.engine.failure is not None:
+                await self.residents.discard(resident)
         yield await self._thread(partial(self._finished, result, work, resident))
 
     async def _submit(self, resident: Resident, work: Work, advanced: asyncio.Event) -> Ticket:

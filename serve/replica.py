@@ -43,7 +43,7 @@ class Replica:
         self.config = ServeConfig.checked(values)
         self.version = version(self.config)
         keep_freed_memory()
-        self.engines = Engines(self.config)
+        self.engines = Engines(self.config, renew=False)  # Serve replaces all of this process
         await self.engines.start()
         await self.hold(self.config.default_model)
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,8 @@ class Residents:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._reserved: dict[str, int] = {}
         """Bytes of models that are being read; those that only wait for room have none."""
+        self._arriving: Counter[str] = Counter()
+        """How many waited while a model was read and have not entered yet: until then it is in use."""
         self._changed = asyncio.Condition()
 
     def get(self, name: str) -> Resident | None:
@@ -104,20 +106,33 @@ class Residents:
         Raises:
             Refusal: 503, it cannot be loaded.
         """
-        while True:
-            async with self._changed:
-                resident = self._held.get(name)
-                if resident is not None and not resident.leaving:
-                    self._held.move_to_end(name)
-                    resident.users += 1
-                    return resident
-                if resident is None and name not in self._loading:
-                    self._begin(name)
-                task = self._loading.get(name)
-                if task is None:
-                    await self._changed.wait()
-            if task is not None:
-                await asyncio.shield(task)
+        arriving = False
+        try:
+            while True:
+                async with self._changed:
+                    resident = self._held.get(name)
+                    if resident is not None and (arriving or not resident.leaving):
+                        self._held.move_to_end(name)
+                        resident.users += 1
+                        return resident
+                    if resident is None and name not in self._loading:
+                        self._begin(name)
+                    task = self._loading.get(name)
+                    if task is None:
+                        await self._changed.wait()
+                    elif not arriving:
+                        arriving = True
+                        self._arriving[name] += 1
+                if task is not None:
+                    await asyncio.shield(task)
+        finally:
+            if arriving:
+                self._arriving[name] -= 1
+                async with self._changed:
+                    self._changed.notify_all()
+
+    def _idle(self, resident: Resident) -> bool:
+        return not resident.users and not self._arriving[resident.name]
 
     async def leave(self, resident: Resident) -> None:
         """The end of an `enter`. Models that adapters have made too large together give way."""
@@ -131,12 +146,24 @@ class Residents:
         for leaver in surplus:
             await self._drop(leaver)
 
+    async def discard(self, resident: Resident) -> None:
+        """Let go of a model whose engine is broken; it is loaded again when it is next asked for."""
+        async with self._changed:
+            if self._held.get(resident.name) is not resident:
+                return
+            del self._held[resident.name]
+            self._changed.notify_all()
+        log.error(
+            "model %s: its engine is broken and is made anew: %s", resident.name, resident.engine.failure
+        )
+        await self._drop(resident)
+
     def _surplus(self) -> list[Resident]:
         """Idle models that must go until the others fit, the least recently used first, never the last one used."""
         over = self._taken() - self._bytes
         found = []
         for resident in list(self._held.values())[:-1]:
-            if over > 0 and not resident.users:
+            if over > 0 and self._idle(resident):
                 found.append(resident)
                 over -= resident.bytes
         return found
@@ -150,6 +177,7 @@ class Residents:
             await self._make_room(name, await self._needed(name))
             metrics.MODEL_LOADS.add(model=name)
             resident = await asyncio.to_thread(self._load, name, self._models[name])
+            self._reserved.pop(name)
             self._held[name] = resident
             resident.measure()
         except Exception as error:
@@ -176,7 +204,7 @@ class Residents:
         """Reserve bytes for a model, dropping others until it fits; one too large for all of it comes alone."""
         while not self._fits(needed):
             async with self._changed:
-                leaver = next((r for r in self._held.values() if not r.users), None)
+                leaver = next((r for r in self._held.values() if self._idle(r)), None)
                 if leaver is None:
                     if oldest := next(iter(self._held.values()), None):
                         oldest.leaving = True
@@ -200,7 +228,12 @@ class Residents:
 
     async def _drop(self, resident: Resident) -> None:
         await asyncio.to_thread(resident.engine.close)
-        for metric in (metrics.MODEL_BYTES, metrics.ADAPTER_BYTES):
+        for metric in (
+            metrics.MODEL_BYTES,
+            metrics.ADAPTER_BYTES,
+            metrics.QUEUED_IMAGES,
+            metrics.RUNNING_IMAGES,
+        ):
             metric.set(0, model=resident.name)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import resource
 import signal
 from asyncio import Transport
@@ -12,13 +14,17 @@ from collections.abc import Callable, Generator
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from diffray.model import GenerationError
 from diffray.model.allocator import keep_freed_memory
 
 from .app import create_app
 from .config import ServeConfig
-from .engines import Engines
+from .engines import EngineHangs, Engines
 from .service import Service
 
+log = logging.getLogger("diffray.serve")
+HEALTH_SECONDS = 5.0
+"""Between two looks at the engines."""
 HEADER_SECONDS = 10.0
 """From a connection, or from an answer's successor's first byte, to the end of its headers."""
 READ_SECONDS = 30.0
@@ -103,8 +109,24 @@ class Server(uvicorn.Server):
         yield
 
 
+async def supervise(engines: Engines) -> None:
+    """End this process where no engine can be made anew in it: one hangs, or the accelerator answers no more.
+
+    Its exit code, 1, has whatever started it start another.
+    """
+    while True:
+        await asyncio.sleep(HEALTH_SECONDS)
+        try:
+            await engines.check()
+        except (EngineHangs, RuntimeError) as error:
+            log.critical("this process ends itself: %s", error)
+            os._exit(1)
+        except GenerationError:
+            pass  # not loaded yet, or broken and about to be loaded again
+
+
 def run(config: ServeConfig, said: Callable[[str], None] = print) -> None:
-    """Serve until SIGINT or SIGTERM, then finish what was begun.
+    """Serve until SIGINT or SIGTERM, then finish what was begun. See also `supervise`.
 
     Raises:
         CheckpointError, GenerationError: the default model cannot be loaded or makes no image.
@@ -134,6 +156,7 @@ async def _serve(config: ServeConfig, said: Callable[[str], None]) -> None:
     said(f"http://{config.host}:{socket.getsockname()[1]}/  loading {config.default_model} ...")
     serving = asyncio.create_task(server.serve([socket]))
     loading = asyncio.create_task(engines.start())
+    supervising = asyncio.create_task(supervise(engines))
     try:
         await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is None:
@@ -146,6 +169,7 @@ async def _serve(config: ServeConfig, said: Callable[[str], None]) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await loading
         await engines.close()
+        supervising.cancel()
 
 
 def _many_files() -> None:

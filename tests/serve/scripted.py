@@ -27,8 +27,8 @@ REFUSALS = {
 
 
 class Scripted:
-    """Prompts: "refuse 429" is refused each time, "busy" the first time only, "fail", "huge" and "invalid" raise, "late"
-    fails after a step, "wait" waits until cancelled after half its steps; others become a picture of one colour.
+    """Prompts: "refuse 429" is refused each time, "busy" the first time only, "fail", "huge" and "invalid" raise,
+    "late" fails after a step, "wait" waits until cancelled after half its steps; others become a picture of one colour.
     """
 
     def __init__(self, config: ServeConfig | None = None, **card: object) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 
 from diffray.model import GenerationError, ImageRequest, InvalidRequest, flight, tickets
-from diffray.serve import metrics, residents
+from diffray.serve import metrics, residents, server
 from diffray.serve.config import Guardrails, Limits, Memory, ModelEntry, ServeConfig
 from diffray.serve.engines import EngineHangs, Engines
 from diffray.serve.refusal import Refusal
@@ -25,8 +27,8 @@ THREE = {name: ModelEntry() for name in ("a", "b", "c")}
 
 
 @asynccontextmanager
-async def engines(**config: Any) -> AsyncIterator[Engines]:
-    made = Engines(ServeConfig(**config))
+async def engines(*, renew: bool = True, **config: Any) -> AsyncIterator[Engines]:
+    made = Engines(ServeConfig(**config), renew=renew)
     try:
         yield made
     finally:
@@ -175,12 +177,13 @@ def test_one_poisoned_image_costs_nobody_else(monkeypatch: pytest.MonkeyPatch) -
     run(test)
 
 
-def test_a_broken_engine_is_told_apart_and_fails_the_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def broken(*_: object) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+
+def test_a_broken_engine_is_told_apart_and_fails_the_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
-        async with engines() as backend:
+        async with engines(renew=False) as backend:
             await backend.start()
             monkeypatch.setattr(flight, "advance", broken)
             for code in ("engine_broken", "engine_down"):
@@ -192,6 +195,62 @@ def test_a_broken_engine_is_told_apart_and_fails_the_health_check(monkeypatch: p
                 await backend.check()
 
     run(test)
+
+
+def test_a_broken_engine_is_made_anew_once_for_all_whom_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+
+    def counted(name: str, entry: ModelEntry) -> residents.Resident:
+        loads.append(name)
+        return original(name, entry)
+
+    original = residents.load_resident
+    monkeypatch.setattr(residents, "load_resident", counted)
+
+    async def test() -> None:
+        async with engines() as backend:
+            await backend.start()
+            expected = (await finish(backend, work(seed=3))).data
+            next(iter(backend.residents)).engine.network.unet = broken
+            outcomes = await asyncio.gather(
+                *(finish(backend, work(seed=s)) for s in range(4)), return_exceptions=True
+            )
+            assert {o.code for o in outcomes if isinstance(o, Refusal)} <= {"engine_broken", "engine_down"}
+            assert sum(isinstance(o, Refusal) for o in outcomes) >= 1
+            assert (await finish(backend, work(seed=3))).data == expected
+            assert loads == ["embedded", "embedded"]
+            await backend.check()
+
+    run(test)
+
+
+def test_a_process_that_cannot_help_itself_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[Exception] = [
+        EngineHangs("no step for 150 s"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ]
+    codes: list[int] = []
+
+    class Sick:
+        def __init__(self, fault: Exception) -> None:
+            self.fault = fault
+
+        async def check(self) -> None:
+            raise self.fault
+
+    def exit_(code: int) -> None:
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(server, "HEALTH_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", exit_)
+    for fault in faults:
+        with pytest.raises(SystemExit):
+            asyncio.run(server.supervise(Sick(fault)))  # type: ignore[arg-type]
+    assert codes == [1, 1]
+    unready = GenerationError("the default model is not loaded yet")
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(server.supervise(Sick(unready)), 0.1))  # type: ignore[arg-type]
 
 
 def test_health_is_answered_during_a_long_generation() -> None:
@@ -289,6 +348,52 @@ def test_a_model_in_use_is_not_dropped_and_the_other_waits_its_turn() -> None:
             assert done == ["a", "b", "a"]
 
     run(test)
+
+
+class Idle:
+    """An engine that makes nothing."""
+
+    failure = None
+    waiting = running = ticks = 0
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def counted_loads(wanted: str) -> list[str]:
+    """What is loaded when these models are asked for at once, with room for one."""
+
+    def load(name: str, entry: ModelEntry) -> residents.Resident:
+        loads.append(name)
+        return residents.Resident(name, Idle(), "", SimpleNamespace(bytes=0), 0)  # type: ignore[arg-type]
+
+    loads: list[str] = []
+    before: list[str] = []
+
+    async def test() -> None:
+        held = residents.Residents(THREE, Memory(models=1), load)
+
+        async def use(name: str) -> None:
+            resident = await held.enter(name)
+            assert resident.name == name
+            await asyncio.sleep(0)
+            await held.leave(resident)
+
+        await asyncio.gather(*map(use, wanted))
+        before.extend(loads)
+        gone = asyncio.create_task(held.enter("c"))  # whoever gives up keeps nobody from leaving
+        await asyncio.sleep(0)
+        gone.cancel()
+        await use("a")
+        await held.close()
+
+    run(test)
+    return before
+
+
+@pytest.mark.parametrize(("wanted", "most"), [("ab", 2), ("abcabc", 3), ("aab", 2), ("abab", 2)])
+def test_a_model_that_was_loaded_is_used_before_it_makes_room(wanted: str, most: int) -> None:
+    assert len(counted_loads(wanted)) == most
 
 
 @pytest.mark.slow
