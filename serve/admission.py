@@ -89,6 +89,15 @@ class Admission:
             for index in list(permit.costs):
                 self.give_back(permit, index)
 
+    def check_count(self, images: int) -> None:
+        """Returns when a request may have so many images.
+
+        Raises:
+            Refusal: 422.
+        """
+        if images > (most := self._limits.images):
+            raise Refusal(422, "too_many_images", f"got {images} images, allowed are {most} in a request")
+
     def check_full(self, client: Client) -> None:
         """Returns when there is room for one more image of this client, whatever it is.
 
@@ -96,16 +105,6 @@ class Admission:
             Refusal: 429 or 503, as `admitted`.
         """
         self._check_room(client, (0.0,))
-
-    def check_images(self, count: int) -> None:
-        """Returns when one request may have so many images.
-
-        Raises:
-            Refusal: 422.
-        """
-        most = self._limits.images
-        if count > most:
-            raise Refusal(422, "too_many_images", f"got {count} images, allowed are {most} in a request")
 
     def finish(self, permit: Permit, index: int) -> None:
         """One image was made: its room is free and its cost shows how fast the service is."""
@@ -127,8 +126,8 @@ class Admission:
         metrics.ADMITTED_COST.set(self.cost)
 
     def _check_budget(self, costs: Sequence[float]) -> None:
+        self.check_count(len(costs))
         limits, total = self._limits, sum(costs)
-        self.check_images(len(costs))
         if total > limits.cost:
             raise Refusal(
                 422,

@@ -79,6 +79,8 @@ class Limits(Strict):
     """Of one request."""
     images: int = Field(default=16, ge=1)
     """In one request."""
+    image_pixels: int = Field(default=4096 * 4096, ge=64)
+    """Of one image, after its second pass if it has one: a large one keeps others waiting, however few its steps."""
     queue_cost: float = Field(default=10_000.0, gt=0)
     """Of all requests that are waiting or running; more are refused at once."""
     queue_images: int = Field(default=512, ge=1)
@@ -131,7 +133,8 @@ class Guardrails(Strict):
     blocklist: str | None = None
     """File with a word or phrase per line; a prompt that has one is refused."""
     prompt: tuple[str, ...] = ()
-    """Called with the `ImageRequest`; a returned text is the reason to refuse."""
+    """Called with an `ImageRequest`, once for all images of one prompt, in a thread; a returned text is the reason to
+    refuse."""
     image: tuple[str, ...] = ()
     """Called with the finished PIL image and its `ImageRequest`, in a thread of the replica. Where there is any, nobody
     is shown an unfinished picture: there are no previews, and an interruption answers with what was finished."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from starlette.requests import Request
 
-from diffray.model import InvalidRequest
+from diffray.model import ImageRequest, InvalidRequest
 from diffray.model.adapters.choices import check_known
 
 from .admission import Admission, Client, Permit
@@ -142,7 +142,9 @@ class Service:
         """
         seconds = None if http is None else _seconds(http)
         works = [_owned(work, client, seconds) for work in works]
+        self.admission.check_count(len(works))
         costs = [await self._cost(work) for work in works]
+        await self._guards.check_prompts([work.request for work in works])
         with self.admission.admitted(client, costs) as permit:
             await self.admission.charge(client, sum(costs))
             if http is not None:
@@ -173,20 +175,22 @@ class Service:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _cost(self, work: Work) -> float:
-        """What the work costs, after everything about it was checked that can be without an engine."""
+        """What the work costs, after everything about its values was checked that can be without an engine."""
         card, request = await self.model(work.model), work.request
         if request.output != "image":
             raise InvalidRequest("output", f"got {request.output!r}, the service makes images")
         check_known(request.adapters, card.adapters)
-        self._guards.check_prompt(request)
         if card.config is not None:
-            return request.resolved(card.config).cost
-        return replace(
-            request,
-            width=request.width or card.width,
-            height=request.height or card.height,
-            steps=request.steps or card.steps,
-        ).cost
+            request = request.resolved(card.config)
+        else:
+            request = replace(
+                request,
+                width=request.width or card.width,
+                height=request.height or card.height,
+                steps=request.steps or card.steps,
+            )
+        _check_pixels(request, self.config.limits.image_pixels)
+        return request.cost
 
     async def _one(
         self, permit: Permit, index: int, view: RunningView, events: asyncio.Queue[Outcome]
@@ -249,6 +253,16 @@ def check_access(config: ServeConfig) -> None:
 
 def _known(key: Key) -> Client:
     return Client(key.id, key.id, key.requests, key.cost, key.images_at_once, key.weight)
+
+
+def _check_pixels(request: ImageRequest, most: int) -> None:
+    """Raises InvalidRequest for an image of more pixels, those of its second pass if it has one."""
+    width, height = (
+        round((side or 0) * (request.hires_scale or 1.0)) for side in (request.width, request.height)
+    )
+    if width * height > most:
+        field = "width" if request.hires_scale is None else "hires_scale"
+        raise InvalidRequest(field, f"got an image of {width}x{height}, allowed are {most} pixels")
 
 
 def _owned(work: Work, client: Client, seconds: float | None) -> Work:

@@ -59,7 +59,7 @@ def _add_generation(routes: APIRouter, service: Service, kept: Kept) -> None:
         http: Request, body: bodies.Processing, works: Callable[[ModelCard, Settings], Asked]
     ) -> Response:
         client = await service.client(http)
-        service.admission.check_images(body.batch_size * body.n_iter)  # before as many pictures are read
+        service.admission.check_count(body.batch_size * body.n_iter)  # before as many pictures are read
         settings = kept.of(client.id)
         if body.override_settings:
             settings = settings.changed(body.override_settings, await service.models())
@@ -172,7 +172,7 @@ def _add_pictures(routes: APIRouter, service: Service) -> None:
     async def resized(http: Request, texts: Sequence[str], field: str, body: bodies.Extras) -> list[str]:
         """Admitted and charged as images of one step are, but made here."""
         client = await service.client(http)
-        service.admission.check_images(len(texts))
+        service.admission.check_count(len(texts))
         wanted = await asyncio.to_thread(extras.resizings, texts, field, body, pixels)
         costs = [each.cost for each in wanted]
         with service.admission.admitted(client, costs):

@@ -381,10 +381,11 @@ def counted_loads(wanted: str) -> list[str]:
 
         await asyncio.gather(*map(use, wanted))
         before.extend(loads)
-        gone = asyncio.create_task(held.enter("c"))  # whoever gives up keeps nobody from leaving
+        absent = [name for name in THREE if held.get(name) is None]
+        gone = asyncio.create_task(held.enter(absent[0]))
         await asyncio.sleep(0)
         gone.cancel()
-        await use("a")
+        await use(absent[1])  # whoever gives up keeps nobody from leaving
         await held.close()
 
     run(test)

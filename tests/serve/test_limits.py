@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
 import select
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ import pytest
 
 from diffray.model import ImageRequest
 from diffray.serve import middleware, service
-from diffray.serve.config import InvalidConfig, Limits, ServeConfig
+from diffray.serve.config import Guardrails, InvalidConfig, Limits, ServeConfig
 from diffray.serve.server import Patient
 from diffray.serve.service import UNREAD, RunningView, Service
 from diffray.serve.work import Event, Finished, Progress, Work
@@ -70,6 +72,43 @@ def test_budget_of_one_request(small: Live) -> None:
     assert (answer.status, answer.code) == (422, "too_many_images")
     assert works(small) == before
     assert ask(small.url + IMAGES, {"width": 1024, "height": 1024, "steps": 2, "n": 4}).status == 200
+
+
+def test_size_of_one_image() -> None:
+    with live(ServeConfig(log="off"), Scripted) as running:
+        url = running.url + IMAGES
+        answer = ask(url, {"width": 8192, "height": 8192, "steps": 1})
+        assert (answer.status, answer.json["error"]["field"]) == (422, "width")
+        assert re.search(r"8192x8192.*16777216", answer.json["error"]["message"])
+        large = {"width": 2048, "height": 2048, "steps": 1, "hires_steps": 1}
+        answer = ask(url, {**large, "hires_scale": 2.5})
+        assert (answer.status, answer.json["error"]["field"]) == (422, "hires_scale")
+        assert "5120x5120" in answer.json["error"]["message"]
+        assert works(running) == 0
+        assert ask(url, {**large, "hires_scale": 2}).status == 200
+
+
+seen: list[tuple[str, str]] = []
+
+
+def note(request: ImageRequest) -> None:
+    seen.append((request.prompt, threading.current_thread().name))
+
+
+def test_a_prompt_is_checked_once_and_not_on_the_event_loop() -> None:
+    rules = Guardrails(prompt=(f"{__name__}:note",))
+    limits = Limits(images=4)
+    with live(ServeConfig(guardrails=rules, limits=limits, log="off"), Scripted) as running:
+        assert ask(running.url + IMAGES, {"prompt": "many", "n": 5}).code == "too_many_images"
+        assert not seen
+        assert ask(running.url + IMAGES, {"prompt": "few", "n": 4}).status == 200
+        loop = asyncio.run_coroutine_threadsafe(current(), running.loop).result()
+    assert [prompt for prompt, _ in seen] == ["few"]
+    assert loop not in {thread for _, thread in seen}
+
+
+async def current() -> str:
+    return threading.current_thread().name
 
 
 def test_body_that_says_it_is_too_large(small: Live) -> None:
