@@ -118,6 +118,7 @@ class Jobs:
         job = await self.find(client, identity)
         if identity in self._live:
             task = self._live[identity][2]
+            job.status = "cancelled"
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -175,7 +176,9 @@ class Jobs:
                 await events.aclose()
             job.status = "done"
         except asyncio.CancelledError:
-            job.status = "cancelled"
+            if job.status != "cancelled":  # then it was not its owner
+                job.status = "failed"
+                job.error = {"code": "stopped", "message": "the service was stopped", "field": None}
         except Exception as error:
             refusal = refusal_of(error)
             job.status = "failed"
@@ -218,15 +221,21 @@ class Jobs:
 
     @asynccontextmanager
     async def sweeping(self) -> AsyncIterator[None]:
-        """Delete what is too old, now and then, until the end of the block; then cancel what runs."""
+        """Delete what is too old, now and then, until the end of the block; then finish what runs.
+
+        Jobs whose results go with the service are not waited for, the others as long as an image may take.
+        """
         task = asyncio.create_task(self._sweep())
         try:
             yield
         finally:
             task.cancel()
-            for _, _, running in list(self._live.values()):
+            live = [running for _, _, running in self._live.values()]
+            if live and self._service.config.store.url is not None:
+                await asyncio.wait(live, timeout=self._service.config.limits.seconds)
+            for running in live:
                 running.cancel()
-            await asyncio.gather(task, *(t for _, _, t in self._live.values()), return_exceptions=True)
+            await asyncio.gather(task, *live, return_exceptions=True)
             self._store.close()
 
     async def _sweep(self) -> None:
