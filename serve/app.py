@@ -124,5 +124,6 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
         @app.get("/metrics", include_in_schema=False)
         async def measured() -> Response:
+            service.backend.sample()
             data, media = metrics.text()
             return Response(data, media_type=media)

@@ -279,7 +279,7 @@ class Engines:
             await asyncio.to_thread(_touch_accelerator)
 
     def sample(self) -> None:
-        """Bring the gauges up to date."""
+        """See `Backend.sample`."""
         for resident in self.residents:
             metrics.QUEUED_IMAGES.set(resident.engine.waiting, model=resident.name)
             metrics.RUNNING_IMAGES.set(resident.engine.running, model=resident.name)

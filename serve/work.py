@@ -108,6 +108,9 @@ class Backend(Protocol):
     async def check(self) -> None:
         """Raises whatever stops it from making images; returns when it can."""
 
+    def sample(self) -> None:
+        """Bring this process's gauges up to date, before somebody reads them."""
+
     def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """Progress events, then one `Finished`. Closing the generator cancels the work at its next step.
 

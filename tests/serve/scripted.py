@@ -62,6 +62,9 @@ class Scripted:
     async def check(self) -> None:
         """Always well."""
 
+    def sample(self) -> None:
+        """Has no gauges."""
+
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         self.works.append(work)
         request, word = work.request, work.request.prompt.partition(" ")

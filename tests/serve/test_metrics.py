@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from diffray.serve import metrics
+from diffray.serve.config import ModelEntry, ServeConfig
+from diffray.serve.engines import Engines
 
-from .ask import ask
+from .ask import ask, post
 from .live import Live
 
 DASHBOARD = Path(__file__).parents[2] / "cluster/grafana/diffray-serve.json"
 SUFFIXES = re.compile("_(bucket|sum|count)$")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen")
 
 
 def values(url: str) -> dict[str, float]:
@@ -47,19 +60,34 @@ def test_figures_move_with_the_work(service_app: Live) -> None:
     assert grown('diffray_requests_total{dialect="native",status="200"}') >= 2
     assert grown('diffray_requests_total{dialect="native",status="422"}') == 1
     assert after["diffray_admitted_images"] == 0
-    ask(url + "/readyz")
-    assert values(url)['diffray_running_images{model="embedded"}'] == 0
+    running = 'diffray_running_images{model="embedded"}'
+    with closing(post(url + "/v1/diffray/images", {"steps": 1000})):
+        until(lambda: values(url)[running] == 1)
+    until(lambda: values(url)[running] == 0)
+
+
+def test_a_model_that_is_gone_has_nothing_waiting_or_running() -> None:
+    async def served() -> None:
+        engines = Engines(ServeConfig(models={"gone": ModelEntry()}))
+        await engines.start()
+        metrics.RUNNING_IMAGES.set(3, model="gone")
+        metrics.QUEUED_IMAGES.set(4, model="gone")
+        await engines.close()
+
+    asyncio.run(served())
+    lines = metrics.text()[0].decode().splitlines()
+    shown = {
+        name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if "gone" in line)
+    }
+    for name in ("running_images", "queued_images", "model_bytes"):
+        assert shown[f'diffray_{name}{{model="gone"}}'] == 0
 
 
 def test_cancelled_work_is_counted(service_app: Live) -> None:
     before = values(service_app.url)
     name = 'diffray_cancelled_total{model="embedded"}'
     ask(service_app.url + "/v1/diffray/images", {"steps": 1000, "timeout": 0.2})
-    for _ in range(50):
-        if values(service_app.url)[name] == before.get(name, 0.0) + 1:
-            return
-        time.sleep(0.1)
-    raise AssertionError("not counted")
+    until(lambda: values(service_app.url)[name] == before.get(name, 0.0) + 1)
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
