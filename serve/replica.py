@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from diffray.model import DiffrayError
@@ -26,12 +26,19 @@ from .work import Event, ModelCard, Progress, Work
 log = logging.getLogger("diffray.serve")
 ATTEMPTS = 4
 """Of one image: a seeded one comes out the same wherever it is made."""
+DEATHS = 2
+"""Replicas that may die of one image, or beside it: who takes too much memory should not take all of them along."""
+FAILED = (RayActorError, RayTaskError, ReplicaUnavailableError)
+"""What comes from one replica, or from its loss; `Attempts` knows what follows."""
 PAUSE = 1.0
 """Seconds before the next attempt after a broken engine, whose replica is found out by its next health check."""
 START_SECONDS = 60.0
 """For which an ingress waits for a replica to start, when there is none."""
 OTHER_VERSION = "other_version"
 """While a new version is rolled out an ingress meets replicas of two."""
+PROBE_SECONDS = 2.0
+"""For which a readiness probe waits; what it heard counts for PROBE_LASTS."""
+PROBE_LASTS = 1.0
 LOOK_AGAIN = 0.2
 """Seconds until it asks for one of its own again."""
 
@@ -47,8 +54,12 @@ class Replica:
         await self.engines.start()
         await self.hold(self.config.default_model)
 
-    async def run(self, work: Work) -> AsyncGenerator[Event, None]:
-        """See `Backend.run`; Serve cancels it when the ingress does."""
+    async def run(self, work: Work) -> AsyncGenerator[Event | None, None]:
+        """See `Backend.run`; Serve cancels it when the ingress does.
+
+        Its first event, None, says that the work is here, whatever it waits for now.
+        """
+        yield None
         if work.model in self.config.models:
             await self.hold(work.model)
         events = self.engines.run(work)
@@ -110,6 +121,8 @@ class HandleBackend:
         self._handle = handle
         self._version = version(config)
         self._cards: dict[str, ModelCard] = {}
+        self._probe: asyncio.Task[None] | None = None
+        self._probed = 0.0
 
     async def started(self) -> None:
         """Returns when a replica of this version is up, however long that takes."""
@@ -133,22 +146,32 @@ class HandleBackend:
         return self._cards[name]
 
     async def check(self) -> None:
-        """Whether a replica answers; one that scales to zero is well without any."""
+        """Whether a replica answers, lately; one that scales to zero is well without any."""
         assert self._config.replicas is not None
-        if self._config.replicas.min:
-            await self._ask("check_health")
+        if not self._config.replicas.min:
+            return
+        now = asyncio.get_running_loop().time()
+        if self._probe is None or (self._probe.done() and now > self._probed + PROBE_LASTS):
+            self._probe = asyncio.create_task(self._ask("check_health", seconds=PROBE_SECONDS))
+            self._probe.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._probed = now
+        await asyncio.shield(self._probe)
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        deadline = asyncio.get_running_loop().time() + START_SECONDS
+    def sample(self) -> None:
+        """The engines' gauges are those of the replicas' processes."""
+
+    async def _ask(self, method: str, *arguments: Any, seconds: float = START_SECONDS) -> Any:
+        deadline = asyncio.get_running_loop().time() + seconds
         attempts = Attempts(self._config)
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    return await getattr(self._handle, method).remote(*arguments)
-            except TimeoutError:
+                    try:
+                        return await getattr(self._handle, method).remote(*arguments)
+                    except FAILED as error:
+                        await attempts.after(error)
+            except (TimeoutError, DeploymentUnavailableError):
                 raise starting() from None
-            except (RayActorError, RayTaskError) as error:
-                await attempts.after(error)
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """See `Backend.run`."""
@@ -160,6 +183,7 @@ class HandleBackend:
         reached = -1
         while True:
             response: Any = run.remote(work)
+            arrived = False
             try:
                 while True:
                     try:
@@ -167,19 +191,24 @@ class HandleBackend:
                             event = await anext(response)
                     except StopAsyncIteration:
                         return
+                    arrived = True
+                    if event is None:
+                        continue
                     if isinstance(event, Progress) and event.step <= reached:
                         continue  # known from before the replica was lost
                     if isinstance(event, Progress):
                         reached = event.step
                     yield event
             except TimeoutError:
-                if reached < 0:
+                if not arrived:
                     raise starting() from None
                 raise Refusal(504, "timeout", f"not finished within {seconds:g} s") from None
+            except DeploymentUnavailableError:
+                raise starting() from None
             except BackPressureError:
                 raise Refusal(503, "queue_full", "too many images wait already", retry_after=5) from None
-            except (RayActorError, RayTaskError) as error:
-                await attempts.after(error)
+            except FAILED as error:
+                await attempts.after(error, begun=arrived)
             finally:
                 response.cancel()
 
@@ -190,9 +219,14 @@ class Attempts:
     def __init__(self, config: ServeConfig, model: str | None = None) -> None:
         self._known = model in config.models
         self._left = ATTEMPTS
+        self._deaths = 0
 
-    async def after(self, error: Exception) -> None:
-        """Returns when another attempt makes sense; else raises what a client may know."""
+    async def after(self, error: Exception, begun: bool = False) -> None:
+        """Returns when another attempt makes sense; else raises what a client may know.
+
+        Args:
+            begun: a replica had it in its hands already.
+        """
         cause = error.cause if isinstance(error, RayTaskError) else error
         code = cause.code if isinstance(cause, Refusal) else ""
         if code in (OTHER_VERSION, ENGINE_DOWN) or (code == "model_not_found" and self._known):
@@ -200,12 +234,13 @@ class Attempts:
             await asyncio.sleep(PAUSE if code == ENGINE_DOWN else LOOK_AGAIN)
             return
         self._left -= 1
+        self._deaths += begun and isinstance(cause, RayActorError)
         broken = code == "engine_broken"
         if isinstance(cause, DiffrayError) and not (broken and self._left):
             raise cause from None
-        if not isinstance(cause, RayActorError | Refusal):
+        if not isinstance(cause, RayActorError | ReplicaUnavailableError | Refusal):
             raise error
-        if not self._left:
+        if not self._left or self._deaths >= DEATHS:
             raise Refusal(503, "replica_lost", "the replica was lost, try again", retry_after=2) from None
         metrics.RETRIES.add()
         await asyncio.sleep(PAUSE if broken else 0.1)
