@@ -30,7 +30,7 @@ class _Database:
 
     def __init__(self, *tables: str) -> None:
         # "": a temporary file. One transaction that never ends, and nothing to roll back to.
-        self._connection = sqlite3.connect("", isolation_level=None)
+        self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for statement in (
             f"PRAGMA cache_size = -{CACHE_KIB}",
             "PRAGMA temp_store = FILE",
@@ -42,7 +42,7 @@ class _Database:
         self._pending: dict[str, list[tuple[int, ...]]] = {}
 
     def __del__(self) -> None:
-        with suppress(AttributeError, sqlite3.Error):  # it could not be opened, or another thread collects it
+        with suppress(AttributeError):  # it could not be opened
             self._connection.close()
 
     def _run(self, statement: str, values: Sequence[int] = ()) -> list[Any]:
