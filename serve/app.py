@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from diffray.model import DiffrayError
 
 from . import metrics, page
-from .documentation import document
+from .documentation import OPEN, document
 from .failures import Failures
 from .idempotency import Idempotency
 from .jobs import Jobs
@@ -59,7 +59,7 @@ def create_app(service: Service) -> FastAPI:
     _handle_errors(app, failures)
     _add_health(app, service)
     page.mount(app, service)
-    document(app, failures)
+    document(app, failures, anonymous=service.anonymous)
     return app
 
 
@@ -106,12 +106,17 @@ def _handle_errors(app: FastAPI, failures: Failures) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz", tags=["operation"])
+    @app.get("/healthz", tags=["operation"], openapi_extra=OPEN)
     async def alive() -> dict[str, str]:
         """200 while this process answers at all."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operation"], responses={503: {"description": "Images cannot be made now."}})
+    @app.get(
+        "/readyz",
+        tags=["operation"],
+        responses={503: {"description": "Images cannot be made now."}},
+        openapi_extra=OPEN,
+    )
     async def ready() -> Response:
         """200 when images can be made: the default model is loaded and has made one."""
         try:

@@ -7,7 +7,10 @@ from typing import Any
 from fastapi import FastAPI
 
 from .failures import Failures
+from .idempotency import HEADER as IDEMPOTENCY
+from .idempotency import MAX_KEY
 from .refusal import Refusal
+from .service import TIMEOUT_HEADER
 
 STATUSES = {
     400: ("invalid_json", "The body is not valid, or its content is not allowed here."),
@@ -30,8 +33,26 @@ READING = (401, 403, 404, 422, 500, 503)
 """Statuses of operations without a body."""
 
 
-def document(app: FastAPI, failures: Failures) -> None:
-    """Let the application's document name every status and the scheme of keys."""
+OPEN: dict[str, Any] = {"security": []}
+"""The `openapi_extra` of what answers without a key."""
+HEADERS: dict[str, dict[str, Any]] = {
+    IDEMPOTENCY: {
+        "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY},
+        "description": "A key of the client's choice: the same request with the same key gets the answer of the first, "
+        "for some minutes, instead of other images.",
+    },
+    TIMEOUT_HEADER: {
+        "schema": {"type": "number", "exclusiveMinimum": 0},
+        "description": "Seconds after which nobody wants the images any more.",
+    },
+}
+"""What requests for images may have; see `UNTIMED`."""
+UNTIMED = ("/v1/diffray/jobs", "/sdapi/v1/extra-")
+"""Paths below which nobody waits for engines."""
+
+
+def document(app: FastAPI, failures: Failures, *, anonymous: bool) -> None:
+    """Let the application's document name every status, the headers that are read, and the scheme of keys."""
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -40,9 +61,10 @@ def document(app: FastAPI, failures: Failures) -> None:
             for path, operations in schema["paths"].items():
                 for method, operation in operations.items():
                     _add_statuses(operation, method, path, failures)
+                    _add_headers(operation, method, path, failures)
             schemes = schema.setdefault("components", {}).setdefault("securitySchemes", {})
             schemes["key"] = {"type": "http", "scheme": "bearer"}
-            schema["security"] = [{"key": []}, {}]
+            schema["security"] = [{"key": []}, {}] if anonymous else [{"key": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 
@@ -66,3 +88,12 @@ def _add_statuses(operation: dict[str, Any], method: str, path: str, failures: F
     for unused in renamed:
         if unused not in renamed.values():
             operation["responses"].pop(str(unused), None)
+
+
+def _add_headers(operation: dict[str, Any], method: str, path: str, failures: Failures) -> None:
+    if not failures.makes({"method": method.upper(), "path": path}):
+        return
+    parameters = operation.setdefault("parameters", [])
+    for name, facts in HEADERS.items():
+        if name != TIMEOUT_HEADER or not path.startswith(UNTIMED):
+            parameters.append({"name": name, "in": "header", "required": False, **facts})

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
+"""A picture of one black pixel, for examples."""
+
 
 class Processing(BaseModel):
     """What both kinds of generation have. What is left out is the model's own default."""
@@ -97,10 +100,10 @@ class ImageToImage(Processing):
         json_schema_extra={
             "examples": [
                 {
-                    "init_images": ["iVBORw0KGgo..."],
+                    "init_images": [DOT],
                     "prompt": "a green triangle",
                     "denoising_strength": 0.75,
-                    "mask": "iVBORw0KGgo...",
+                    "mask": DOT,
                     "mask_blur": 4,
                     "inpainting_fill": 1,
                     "inpaint_full_res": True,
@@ -166,6 +169,8 @@ class Progress(BaseModel):
 class PngInfo(BaseModel):
     """POST /sdapi/v1/png-info."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"image": DOT}]})
+
     image: str = Field(min_length=1, description="base64 or a data: URI.")
 
 
@@ -197,6 +202,10 @@ class Extras(BaseModel):
 class ExtrasSingle(Extras):
     """POST /sdapi/v1/extra-single-image."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"image": DOT, "upscaler_1": "Lanczos", "upscaling_resize": 4}]}
+    )
+
     image: str = Field(min_length=1, description="base64 or a data: URI.")
 
 
@@ -209,6 +218,20 @@ class FileData(BaseModel):
 
 class ExtrasBatch(Extras):
     """POST /sdapi/v1/extra-batch-images."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "imageList": [{"data": DOT, "name": "dot.png"}],
+                    "upscaler_1": "Lanczos",
+                    "resize_mode": 1,
+                    "upscaling_resize_w": 64,
+                    "upscaling_resize_h": 48,
+                }
+            ]
+        }
+    )
 
     image_list: list[FileData] = Field(alias="imageList", min_length=1, max_length=64)
 

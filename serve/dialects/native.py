@@ -29,7 +29,7 @@ MAKES = ("/v1/diffray/images", "/v1/diffray/jobs")
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesAnswer,
-        "content": {"text/event-stream": {"schema": {"type": "string"}}, **PICTURE_FILES},
+        "content": {**streams.described("progress", "result"), **PICTURE_FILES},
     }
 }
 FILE: dict[int | str, dict[str, Any]] = {200: {"content": PICTURE_FILES}}

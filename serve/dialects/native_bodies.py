@@ -49,7 +49,7 @@ class JobBody(BaseModel):
     )
 
     model: str | None = Field(default=None, max_length=200, description="A name of /v1/diffray/models.")
-    n: int = Field(default=1, ge=1, le=1000, description="ImagesAnswer; their seeds count up.")
+    n: int = Field(default=1, ge=1, le=1000, description="Images; their seeds count up.")
     format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(default=92, ge=1, le=100, description="Of jpeg and webp; webp at 100 is lossless.")
     timeout: float | None = Field(
@@ -228,7 +228,7 @@ class JobState(BaseModel):
     status: Literal["running", "done", "failed", "cancelled"]
     created: float = Field(description="Unix time.")
     expires: float = Field(description="Unix time at which the job and its images are deleted.")
-    total: int = Field(description="ImagesAnswer asked for.")
+    total: int = Field(description="Images asked for.")
     progress: float = Field(description="Share of all steps that are done, 0..1.")
     images: list[JobImage]
     error: JobError | None = None

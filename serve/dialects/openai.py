@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from ..documentation import OPEN
 from ..jobs import jobs_of
 from ..pictures import picture
 from ..refusal import Refusal
@@ -28,9 +29,11 @@ MAKES = ("/v1/images/",)
 STATUSES = {422: 400}
 """Statuses that this API has another one for."""
 FILE: dict[int | str, dict[str, Any]] = {200: {"content": PICTURE_FILES}}
-STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"model": bodies.Images, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
+
+
+def _answers(kind: Kind) -> dict[int | str, dict[str, Any]]:
+    events = streams.described(f"{kind}.partial_image", f"{kind}.completed")
+    return {200: {"model": bodies.Images, "content": events}}
 
 
 def refused(refusal: Refusal, request_id: str) -> dict[str, Any]:
@@ -46,14 +49,14 @@ def router(service: Service) -> APIRouter:
     def described(card: ModelCard) -> bodies.Model:
         return bodies.Model(id=card.name, created=started, adapters=list(card.adapters))
 
-    @routes.post("/images/generations", responses=STREAM)
+    @routes.post("/images/generations", responses=_answers("image_generation"))
     async def generate(http: Request, body: bodies.Generation) -> Response:
         """Images from a prompt; with `stream` as server-sent events."""
         client = await service.client(http)
         wanted = asked(body, await service.model(body.model))
         return await _answer(service, http, client, wanted, "image_generation")
 
-    @routes.get("/images/content/{name}", responses=FILE, response_class=Response)
+    @routes.get("/images/content/{name}", responses=FILE, response_class=Response, openapi_extra=OPEN)
     async def content(http: Request, name: str) -> Response:
         """A picture by the URL of an answer, for as long as the service keeps results. The URL is the key."""
         data = await jobs_of(http).published(name)
@@ -65,7 +68,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "/images/edits",
-        responses=STREAM,
+        responses=_answers("image_edit"),
         openapi_extra=form_schema(
             bodies.Edit,
             image="PNG, JPEG or WebP; `image[]` works too. Without a mask, its own transparency is one. *",

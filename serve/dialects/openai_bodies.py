@@ -66,7 +66,9 @@ class Common(BaseModel):
         description="Steps, by the model's own number: low is half, high and hd are one and a half, xhigh and "
         "max twice as many; models of at most 8 steps stay. `num_inference_steps` wins.",
     )
-    user: str | None = Field(None, description="Accepted, not used.")
+    user: str | None = Field(
+        None, description="Accepted; returned as `safety_identifier` where that is left out."
+    )
     safety_identifier: str | None = Field(None, description="Accepted and returned.")
 
     negative_prompt: str | None = Field(None, description="Extension: what should not be there.")

@@ -14,6 +14,16 @@ KEEP_ALIVE = 15.0
 """Seconds of silence before a comment is sent: proxies cut connections that are silent for 30 or 60."""
 
 
+def described(*events: str) -> dict[str, Any]:
+    """What the document says of an answer that is a stream of such events: the schema is that of each."""
+    properties = {
+        "event": {"type": "string", "enum": [*events, "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    }
+    schema = {"type": "object", "properties": properties, "required": ["event", "data"]}
+    return {"text/event-stream": {"schema": schema}}
+
+
 def message(event: str, facts: Mapping[str, Any]) -> str:
     """One event."""
     return f"event: {event}\ndata: {json.dumps(facts)}\n\n"
