@@ -1,12 +1,14 @@
 /** The API key: asked for when the service wants one, kept in this tab's session storage. */
 
 import { byId } from "./dom.js";
+import { kept } from "./kept.js";
 
 const NAME = "diffray.key";
+const session = kept("sessionStorage");
 
-export const key = () => sessionStorage.getItem(NAME) ?? "";
+export const key = () => session.get(NAME) ?? "";
 
-export const forget = () => sessionStorage.removeItem(NAME);
+export const forget = () => session.remove(NAME);
 
 /** Ask for a key; resolves to whether one was given. `reason` is shown, such as why the last one failed. */
 export function askKey(reason = "") {
@@ -20,7 +22,7 @@ export function askKey(reason = "") {
   return new Promise((resolve) => {
     byId("key-form").onsubmit = (event) => {
       event.preventDefault();
-      sessionStorage.setItem(NAME, byId("key-value").value.trim());
+      session.set(NAME, byId("key-value").value.trim());
       dialog.close("given");
     };
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "given"), { once: true });

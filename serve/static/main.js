@@ -6,18 +6,20 @@ import { byId, decoded, encoded, make } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { History } from "./history.js";
+import { kept } from "./kept.js";
 import { askKey, key } from "./key.js";
 import { Painter } from "./mask.js";
 import { Source } from "./source.js";
 import { Stage } from "./stage.js";
 
-const DRAFT = "diffray.draft"; // the last settings that were used, in local storage
+const DRAFT = "diffray.draft"; // the last settings that were used
 const SHOWN = ["prompt", "width", "height", "steps", "guidance_scale", "sampler", "schedule", "seed"]; // of every picture
 const EXAMPLES = {
   embedded: ["a large red circle on a blue background", "a green triangle left of a yellow star", "a small white square on a purple background"],
   other: ["a lighthouse on a cliff at dawn, soft light", "a bowl of oranges, still life, oil painting", "a fox in fresh snow, photograph"],
 };
 
+const settings = kept("localStorage");
 const form = new Form();
 const source = new Source(({ canvas }) => form.useSource(canvas && [canvas.width, canvas.height]));
 new Painter(source);
@@ -51,7 +53,7 @@ async function connect() {
   }
   stage.problem("");
   byId("key-open").hidden = !key();
-  const draft = JSON.parse(localStorage.getItem(DRAFT) ?? "{}");
+  const draft = JSON.parse(settings.get(DRAFT) ?? "{}");
   if (form.models.some(({ name }) => name === draft.model)) form.fill(draft);
   offerExamples();
   if (!narrow()) byId("prompt").focus();
@@ -83,7 +85,7 @@ function shortcuts(event) {
 async function run() {
   const wanted = running ? null : form.read();
   if (!wanted) return;
-  localStorage.setItem(DRAFT, JSON.stringify(wanted));
+  settings.set(DRAFT, JSON.stringify(wanted));
   running = new AbortController();
   busy(true);
   try {

@@ -48,8 +48,12 @@ def browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def visit(running: Browser, url: str, **context: Any) -> Iterator[Page]:
-    """The page in a fresh profile. At the end: nothing on its console, no request to anywhere else."""
+def visit(
+    running: Browser, url: str, before: str = "", ready: str = "#sampler option", **context: Any
+) -> Iterator[Page]:
+    """The page in a fresh profile, once something is there. At the end: nothing on its console, no request to
+    anywhere else. `before` is a script that runs before its own.
+    """
     where = (
         running.new_context(viewport={"width": 1280, "height": 900}, **context)
         if ("viewport" not in context)
@@ -63,8 +67,9 @@ def visit(running: Browser, url: str, **context: Any) -> Iterator[Page]:
     page.on("pageerror", lambda error: said.append(f"exception: {error}"))
     page.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else outside.append(r.url))
     try:
+        page.add_init_script(before)
         page.goto(url)
-        page.locator("#sampler option").first.wait_for(state="attached")
+        page.locator(ready).first.wait_for(state="attached")
         yield page
         assert [text for text in said if not REFUSED.search(text)] == []
         assert outside == []

@@ -436,6 +436,25 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(chromium: Browser, tmp_pat
 
 
 @pytest.mark.slow
+def test_it_works_where_site_data_is_blocked(chromium: Browser, tmp_path: Path) -> None:
+    token = keys.add(tmp_path / "keys.json", "somebody")
+    config = ServeConfig.checked({"access": {"keys": str(tmp_path / "keys.json")}, "log": "off"})
+    blocked = """for (const area of ["localStorage", "sessionStorage", "indexedDB"])
+        Object.defineProperty(window, area, { get() { throw new DOMException("Access is denied", "SecurityError"); } });
+    """
+    with (
+        live(config) as running,
+        web.visit(chromium, running.url, before=blocked, ready="#key[open]") as page,
+    ):
+        page.fill("#key-value", token)
+        page.keyboard.press("Enter")
+        expect(page.locator("#key")).to_be_hidden()
+        web.generate(page, "a large red circle on a blue background", steps=2)
+        web.generate(page, "a green star", steps=2)
+        expect(page.locator("#problem")).to_be_hidden()
+
+
+@pytest.mark.slow
 def test_everything_is_reached_by_keyboard_and_focus_is_seen(page: Page) -> None:
     page.locator(".skip").focus()
     reached: list[str] = []
