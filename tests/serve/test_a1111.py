@@ -517,6 +517,12 @@ def test_extras_resize(api: webuiapi.WebUIApi) -> None:
             api.extra_single_image(picture, **{"upscaler_1": "Lanczos"} | change)
 
 
+def test_what_there_is_not_is_said_in_the_same_form(api: webuiapi.WebUIApi) -> None:
+    with pytest.raises(RuntimeError, match="404") as caught:
+        api.interrogate(scene())
+    assert "not_found" in str(caught.value)
+
+
 def sent(image: Image.Image) -> str:
     return base64.b64encode(encoded(image, "png")).decode()
 

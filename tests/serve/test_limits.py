@@ -30,6 +30,26 @@ from .live import Live, live
 from .scripted import Scripted
 
 IMAGES = "/v1/diffray/images"
+JSON_PATHS = (
+    IMAGES,
+    "/v1/diffray/jobs",
+    "/v1/images/generations",
+    "/sdapi/v1/txt2img",
+    "/sdapi/v1/img2img",
+    "/sdapi/v1/extra-batch-images",
+    "/v1/generation/scripted/text-to-image",
+)
+NESTED = (
+    "prompt",
+    "adapters",
+    "lora",
+    "alwayson_scripts",
+    "override_settings",
+    "imageList",
+    "text_prompts",
+    "extras",
+)
+"""Fields that are, or may be taken for, more than a text or a number."""
 
 
 class Hurried(Patient):
@@ -59,6 +79,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 @pytest.fixture(scope="module")
 def small() -> Iterator[Live]:
     with limited(cost=10, images=4, body_bytes=4096, body_seconds=1.5) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def open_() -> Iterator[Live]:
+    with limited() as running:
         yield running
 
 
@@ -211,6 +237,17 @@ def test_bodies_that_are_no_request(small: Live, body: bytes, status: int) -> No
     assert works(small) == before
     assert time.monotonic() - begun < 2
     assert not re.search(r"Traceback|\.py|site-packages|/root|/home", answer.data.decode())
+
+
+@pytest.mark.parametrize("path", JSON_PATHS)
+@pytest.mark.parametrize(("opened", "closed"), [(b"[", b"]"), (b'{"a":', b"}")])
+@pytest.mark.parametrize("depth", [60, 66, 900, 10**5])
+def test_nesting(open_: Live, path: str, opened: bytes, closed: bytes, depth: int) -> None:
+    """64 levels are allowed, the field's own among them; 10^5 are too deep for the parser itself."""
+    nested = opened * depth + b"1" + closed * depth
+    for body in (nested, *(b'{"%s": %s}' % (name.encode(), nested) for name in NESTED)):
+        status = ask(open_.url + path, body).status
+        assert status == 400 if depth > 64 else status < 500, body[:40]
 
 
 def test_a_form_is_not_json(small: Live) -> None:
