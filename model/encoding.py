@@ -155,7 +155,8 @@ def format_of(path: Any) -> Format:
 
 
 def read_provenance(data: bytes) -> Provenance:
-    """What an image file says about its making, diffray's own or AUTOMATIC1111's. The pixels are not decoded.
+    """What an image file says about its making, diffray's own or AUTOMATIC1111's. Of a PNG without EXIF
+    data the pixels are decoded too (by Pillow, which looks for it behind them).
 
     Raises:
         ValueError: not a PNG, JPEG or WebP file.
