@@ -129,7 +129,7 @@ def _planning(row: dict[str, Any]) -> list[str]:
 
 def _fault(row: dict[str, Any]) -> list[str]:
     figures = ((name.replace("_", " "), value) for name, value in row.items() if name != "scenario")
-    return [row["scenario"], "; ".join(f"{name} {_plain(value)}" for name, value in figures)]
+    return [row["scenario"], "; ".join(f"{name}: {_plain(value)}" for name, value in figures)]
 
 
 def _plain(value: Any) -> str:
@@ -137,7 +137,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_plain(inner)}" for name, inner in value.items())
     if isinstance(value, list):
-        return " -> ".join(_plain(one) for one in ([value[0], value[-1]]))
+        return f"{_plain(value[0])} -> {_plain(value[-1])}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
