@@ -21,9 +21,10 @@ def read_parquet(file: IO[bytes], name: str) -> Iterator[SourceRow]:
     blobs = [field.name for field in table.schema_arrow if is_blob(field.type)]
     plain = [field.name for field in table.schema_arrow if not is_blob(field.type)]
     start = 0
-    for batch in table.iter_batches(batch_size=BATCH, columns=plain):
-        yield from _rows(batch, name, start, blobs)
-        start += batch.num_rows
+    for group in range(table.num_row_groups):  # one iteration over all of them would keep what it has read
+        for batch in table.iter_batches(batch_size=BATCH, row_groups=[group], columns=plain):
+            yield from _rows(batch, name, start, blobs)
+            start += batch.num_rows
 
 
 def read_arrow(file: IO[bytes], name: str) -> Iterator[SourceRow]:
