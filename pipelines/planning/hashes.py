@@ -99,6 +99,7 @@ class RowHashes(_Database):
             "derived (hash INTEGER)",
             "repeated (hash INTEGER PRIMARY KEY, times INTEGER)",
         )
+        self._repeats = False
         self._connection.create_function(
             "id_hash", 1, lambda content: id_hash(content + _OFFSET) - _OFFSET, deterministic=True
         )
@@ -126,9 +127,12 @@ class RowHashes(_Database):
         self._flush()
         self._run("DELETE FROM repeated")
         self._run(f"INSERT INTO repeated SELECT hash, 0 FROM ({self._REPEATED.format('derived')})")
+        self._repeats = self._count("SELECT hash FROM repeated LIMIT 1") > 0
 
     def occurrence(self, content: int) -> int:
         """How often this content was asked for since `count_again`, this time included; 1 if no other row has it."""
+        if not self._repeats:  # the usual table is asked nothing, row by row
+            return 1
         key = (content - _OFFSET,)
         times = self._run("SELECT times FROM repeated WHERE hash = ?", key)
         if not times:
