@@ -45,7 +45,7 @@ class Made:
 
 
 def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: Effort) -> Measurement:
-    """Measure `count` images in shards of `batch`, `effort.blocks` times job, bare, bare, job."""
+    """Measure `count` images in shards of the default size, `effort.blocks` times job, bare, bare, job."""
     place = source(model)
     requests = workload.same(count, steps, size)
     loaded = load_model(place)
@@ -55,7 +55,7 @@ def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: 
     settings: dict[str, Any] = {"model": Path(place).name, "size": size, "steps": steps, "requests": count}
     settings |= {
         "batch": batch,
-        "shard": batch,
+        "shard": ShardLimits().images,
         "blocks": effort.blocks,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -102,7 +102,6 @@ def _job(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
             input=str(folder / "in.jsonl"),
             output=str(folder / "out"),
             model=ModelOptions(source=place, batch_size=batch),
-            shards=ShardLimits(images=batch),
             workers=Workers(actors=1, cpus=float(torch.get_num_threads())),
         )
         began = time.perf_counter()

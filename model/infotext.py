@@ -24,6 +24,8 @@ from .errors import InvalidRequest
 from .request import ImageRequest
 from .sampling.sampler_names import resolve_sampler, resolve_schedule
 
+_VERSION = f"diffray {version('diffray')}"
+
 SAMPLER_LABELS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
@@ -100,7 +102,7 @@ def infotext(
         "Eta": request.eta,
         **(_hires(request) if request.hires_scale else {}),
         "Lora hashes": _lora_hashes(request, adapter_hashes or {}),
-        "Version": f"diffray {version('diffray')}",
+        "Version": _VERSION,
     }
     lines = [" ".join(filter(None, (request.prompt, adapter_tags(request.adapters))))]
     if request.negative_prompt:
