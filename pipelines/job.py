@@ -28,7 +28,8 @@ from .outputs.fingerprint import check, fingerprint, record, refuse_foreign
 from .outputs.lock import Lock
 from .outputs.store import Store
 from .planning.growth import grow
-from .planning.plan import Plan, read_plan, write_plan
+from .planning.plan import Plan, read_plan, stamps_of, write_plan
+from .planning.replaced import check_sources
 from .progress import Progress, Silent
 from .report import SUCCESS, finish, is_finished
 from .runs import RunRecord
@@ -90,6 +91,7 @@ def run(
     refuse_foreign(store)
     if plan := read_plan(store):
         check(store, mine)
+        check_sources(store, config, plan, stamps_of(config, source))
         if plan.input == files and is_finished(store, plan):
             return result(store, config, plan, 0, started)
     with Lock.acquire(store, take_over=take_over) as lock:

@@ -33,6 +33,7 @@ from diffray.model.storage import open_storage
 
 from .lance import ENDING as LANCE
 from .lance import LanceRows, lance_url
+from .stamps import is_absent, same, stamp
 
 T = TypeVar("T")
 
@@ -160,8 +161,13 @@ class Blobs:
         self._tables: OrderedDict[tuple[bool, str], _Rows | _LanceTable] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, text: str) -> bytes | None:
+    def read(self, text: str, planned: str | None = None, *, exact: bool = True) -> bytes | None:
         """The bytes that a reference leads to; None when it is a cell that holds nothing.
+
+        Args:
+            text: the reference.
+            planned: the stamp of the file that it names, when the job was planned.
+            exact: whether more than the size in the stamp counts.
 
         Raises:
             BlobError: there is no such thing, it is outside the folder, or it is too large.
@@ -173,7 +179,7 @@ class Blobs:
             return self._cell(reference, inside)
         if isinstance(reference, Member):
             return self._member(reference, inside)
-        return self._file(reference, inside)
+        return self._file(reference, inside, planned, exact)
 
     def _member(self, reference: Member, inside: bool) -> bytes:
         start, size = reference.offset, reference.bytes
@@ -186,11 +192,13 @@ class Blobs:
             raise _changed(inside, f"{reference}: the file ends after {len(data)} of {size} bytes")
         return bytes(data)
 
-    def _file(self, path: str, inside: bool) -> bytes:
+    def _file(self, path: str, inside: bool, planned: str | None = None, exact: bool = True) -> bytes:
         def read(fs: Any, full: str) -> bytes:
-            size = fs.size(full)
-            if size is not None and size > self._limit:
-                raise BlobError(f"{path}: got {size} bytes, allowed are {self._limit}")
+            info = fs.info(full)
+            if planned and not same(planned, now := stamp(info), exact=exact):
+                raise _changed(True, f"{path}: {planned} -> {now}")
+            if (info.get("size") or 0) > self._limit:
+                raise BlobError(f"{path}: got {info['size']} bytes, allowed are {self._limit}")
             return bytes(fs.cat_file(full))
 
         return self._patiently(path, inside, read)
@@ -235,11 +243,11 @@ class Blobs:
         for attempt in range(ATTEMPTS):
             try:
                 return read(fs, full)
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                raise _changed(inside, f"{path}: no such file") from None
             except pa.ArrowException as error:
                 raise BlobError(f"{path}: {error}") from None
             except OSError as error:
+                if is_absent(error):
+                    raise _changed(inside, f"{path}: no such file") from None
                 if attempt == ATTEMPTS - 1:
                     raise JobError(f"{path} cannot be read: {error}") from error
                 time.sleep(0.1 * 4**attempt)

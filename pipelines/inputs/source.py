@@ -39,6 +39,7 @@ from .columnar import features, read_arrow, read_lance, read_parquet, stated_sch
 from .lance import ENDING as LANCE
 from .lance import lance_digest, lance_url, open_lance
 from .readers import SourceRow, checked, read_csv, read_jsonl, read_text, read_tsv
+from .stamps import stamp
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHUNK = 1 << 20
@@ -113,6 +114,8 @@ class Source:
         self.root = self._root if "://" not in urls[0] else str(self._fs.unstrip_protocol(self._root))
         self.features: dict[str, dict[str, Any]] = {}
         """What a Hugging Face dataset says about its columns, filled by `schema`."""
+        self.stamps: dict[str, str] = {}
+        """Of the pictures that are rows themselves, by name, as `fingerprint` last saw them."""
 
     def looks_into(self, folder: str) -> bool:
         """Whether files that appear in this folder may be read as input too."""
@@ -154,7 +157,7 @@ class Source:
             yield checked(self._name(found.root), line, values)
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Name, size and SHA-256 of every table, and of the list of a folder's pictures with their sizes."""
+        """Name, size and SHA-256 of every table, and of the list of a folder's pictures with their stamps."""
         return [
             digest
             for one in self._found
@@ -207,13 +210,13 @@ class Source:
         return {"name": basename(path), "bytes": size, "sha256": digest.hexdigest()}
 
     def _listing(self, found: _Found) -> dict[str, Any]:
-        digest, total = hashlib.sha256(), 0
-        sizes = self._fs.find(found.root, detail=True)  # one listing instead of a question per file
+        digest = hashlib.sha256()
+        infos = self._fs.find(found.root, detail=True)  # one listing instead of a question per file
         for path in found.files:
-            size = int(sizes[path]["size"] or 0)
-            digest.update(f"{self._name(path)}\0{size}\n".encode("utf-8", "surrogateescape"))
-            total += size
-        return {"name": basename(found.root), "bytes": total, "sha256": digest.hexdigest()}
+            name, known = self._name(path), stamp(infos[path])
+            self.stamps[name] = known
+            digest.update(f"{name}\0{known}\n".encode("utf-8", "surrogateescape"))
+        return {"name": basename(found.root), "files": len(found.files), "sha256": digest.hexdigest()}
 
 
 def input_root(inputs: Sequence[str], storage: Callable[[str], Mapping[str, Any]]) -> str:

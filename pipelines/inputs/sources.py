@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,14 @@ class Ready:
     """With its source pictures."""
     latents: npt.NDArray[np.float32] | None = None
     """What `decode` starts from, [C, h, w]."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Column of the plan to the SHA-256 of the source that it refers to."""
+
+
+def source_columns(config: JobConfig) -> dict[str, str]:
+    """The picture fields, or latents, that a job reads, each with the column of the plan that refers to them."""
+    sources = KINDS[config.task].sources([*config.columns, *config.templates])
+    return {name: SOURCE_COLUMN.get(name, name) for name in sources}
 
 
 class Sources:
@@ -46,16 +55,21 @@ class Sources:
         config: the job, with absolute paths.
         model: the worker's model.
         planned: fingerprint of the input that was planned, if there is a plan.
+        folders: where the files that rows name by path were, each time that the job was planned.
     """
 
     def __init__(
-        self, config: JobConfig, model: ModelConfig, planned: Sequence[Mapping[str, Any]] | None = None
+        self,
+        config: JobConfig,
+        model: ModelConfig,
+        planned: Sequence[Mapping[str, Any]] | None = None,
+        folders: Collection[str] = (),
     ) -> None:
-        self._config, self._model, self._planned = config, model, planned
+        self._config, self._model, self._planned, self._folders = config, model, planned, folders
         self._kind = KINDS[config.task]
-        sources = self._kind.sources([*config.columns, *config.templates])
-        self._columns = {name: SOURCE_COLUMN.get(name, name) for name in sources}
+        self._columns = source_columns(config)
         self._blobs: Blobs | None = None
+        self._exact = True
 
     def needed(self, image: PlannedImage) -> bool:
         """Whether anything is to be read for an image."""
@@ -79,29 +93,32 @@ class Sources:
             name: read
             for name, column in self._columns.items()
             if (text := image.user.get(column)) is not None
-            and (read := self._bytes(name, str(text))) is not None
+            and (read := self._bytes(name, str(text), image.source_stamps.get(column))) is not None
         }
+        digests = {self._columns[name]: hashlib.sha256(read).hexdigest() for name, read in data.items()}
         if self._kind.task == "decode":
             if "latents" not in data:
                 raise InvalidRequest("latents", "got nothing, this task needs them")
             latents = _latents(data["latents"], image.user)
             height, width = (side * self._model.vae.factor for side in latents.shape[1:])
-            return Ready(found, replace(request, width=width, height=height), latents)
+            return Ready(found, replace(request, width=width, height=height), latents, digests)
         rules = self._config.pictures
         pictures = {name: picture(blob, name, rules) for name, blob in data.items()}
         pictures = fitted(pictures, rules, request.width, request.height)
         if "init_image" not in pictures and request.strength is not None:
             request = replace(request, strength=None)  # the cell that could have held a picture is empty
-        return Ready(found, self._kind.request(request, image.user, pictures, self._model))
+        request = self._kind.request(request, image.user, pictures, self._model)
+        return Ready(found, request, digests=digests)
 
-    def _bytes(self, field: str, text: str) -> bytes | None:
+    def _bytes(self, field: str, text: str, stamp: str | None = None) -> bytes | None:
         if self._blobs is None:
             config = self._config
             root = input_root(config.inputs, config.storage_options)
             rules = config.pictures
             self._blobs = Blobs(root, rules.root, config.storage_options, rules.max_bytes, self._planned)
+            self._exact = all(folder == (rules.root or root) for folder in self._folders)
         try:
-            return self._blobs.read(text)
+            return self._blobs.read(text, stamp, exact=self._exact)
         except BlobError as error:
             raise InvalidRequest(field, str(error)) from None
 

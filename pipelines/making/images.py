@@ -153,7 +153,7 @@ class Maker:
         try:
             with self._tally.inside(ENCODE):
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._encoders, self._finished, image, result, spent)
+                return await loop.run_in_executor(self._encoders, self._finished, ready, result, spent)
         except Refused as error:
             return Rejected(image, "check", error.column, error.reason, 1)
         except Exception as error:
@@ -161,15 +161,15 @@ class Maker:
                 raise WorkerBroken(f"{type(error).__name__}: {error}") from error
             return Rejected(image, "encode", None, str(error) or type(error).__name__, 1)
 
-    def _finished(self, image: PlannedImage, result: Result, spent: dict[str, float]) -> Made:
+    def _finished(self, ready: Ready, result: Result, spent: dict[str, float]) -> Made:
         """A picture looked at and encoded; runs in a thread.
 
         Raises:
             Refused: the checks do not let it pass.
         """
-        picture, request, model = result.image, result.request, self._model
+        image, picture, request, model = ready.image, result.image, result.request, self._model
         if picture is None:
-            return self._latents(image, result)
+            return self._latents(ready, result)
         began = time.monotonic()
         scores = self._examiner.examine(picture, request)
         checked = time.monotonic()
@@ -185,12 +185,14 @@ class Maker:
         )
         small = thumbnail(picture) if image.id in self._sample else None
         spent |= {"check": checked - began, "encode": time.monotonic() - checked}
-        return Made(image, request, data, hashlib.sha256(data).hexdigest(), scores, small)
+        return Made(
+            image, request, data, hashlib.sha256(data).hexdigest(), scores, small, sources=ready.digests
+        )
 
-    def _latents(self, image: PlannedImage, result: Result) -> Made:
+    def _latents(self, ready: Ready, result: Result) -> Made:
         """Latents as bytes, with what is needed to read them."""
         assert result.latents is not None, "the engine gives one or the other"
-        dtype, request = self._config.encoding.latents, result.request
+        image, dtype, request = ready.image, self._config.encoding.latents, result.request
         array = result.latents.numpy().astype(np.dtype(dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
             raise ValueError(f"latents do not fit {dtype}")
@@ -203,7 +205,7 @@ class Maker:
             "latents_dtype": dtype,
             "latents_scale": self._scale,
         }
-        return Made(image, request, data, hashlib.sha256(data).hexdigest(), {}, small, facts)
+        return Made(image, request, data, hashlib.sha256(data).hexdigest(), {}, small, facts, ready.digests)
 
 
 def _plain(image: PlannedImage) -> Ready:

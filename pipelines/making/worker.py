@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from diffray.model.errors import JobConflict, JobError
 
 from ..config import JobConfig, ModelOptions
-from ..inputs.sources import Sources
+from ..inputs.sources import Sources, source_columns
 from ..outputs.commit import Commit, Origin, commit_path, read_commit, write_commit
 from ..outputs.fingerprint import check_versions
 from ..outputs.lock import check_owner
@@ -26,7 +26,7 @@ from ..outputs.parts import Made, Outcome, Output, Rejected
 from ..outputs.sample import Sample
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
-from ..planning.plan import read_plan, read_shard
+from ..planning.plan import read_plans, read_shard
 from ..planning.rows import PlannedImage
 from .attempts import Attempts
 from .images import Maker
@@ -110,12 +110,13 @@ class Worker:
         self._returned: set[int] = set()
         self._turns = _Turns()
         kind = models.config(task.model)
-        plan = read_plan(store)
-        sources = Sources(task.config, kind, plan.input if plan else None)
+        plans = read_plans(store)
+        folders = {plan.pictures for plan in plans}
+        sources = Sources(task.config, kind, plans[-1].input if plans else None, folders)
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
-        sample = Sample.of(task.config, plan.images if plan else 0)
+        sample = Sample.of(task.config, plans[-1].images if plans else 0)
         encoding = task.config.encoding
         self._output = Output(
             {"jpeg": "jpg"}.get(encoding.format, encoding.format),
@@ -124,6 +125,7 @@ class Worker:
             self._model.checksum,
             encoding.metadata,
             self._examiner.columns,
+            tuple(source_columns(task.config).values()),
         )
         self._maker = Maker(
             task.config,

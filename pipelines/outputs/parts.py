@@ -31,6 +31,7 @@ from diffray.model.request import ImageRequest
 from ..inputs.values import as_text
 from ..planning.rows import PlannedImage
 from .index import index_part, index_path
+from .schemas import digest_of
 from .tables import data_row, data_schema, parquet, rejected_row, rejected_schema
 
 MAX_REASON = 2000
@@ -55,6 +56,8 @@ class Made:
     thumbnail: bytes | None = None
     latents: Mapping[str, Any] | None = None
     """Columns that hold latents in place of a picture."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Column to the SHA-256 of the source that it refers to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class Output:
     metadata: str = "parquet"
     """The table beside image files: "parquet" or "jsonl"."""
     scores: Mapping[str, pa.DataType] = field(default_factory=dict)
+    sources: Sequence[str] = ()
+    """Columns that refer to sources, where the input has them."""
 
     def table(self, number: int) -> str:
         """The path that holds the rows of a shard's images."""
@@ -200,13 +205,15 @@ def _row(one: Made, output: Output, user: pa.Schema, image: Mapping[str, Any]) -
     facts = {"sha256": one.sha256, "model": output.model, "model_checksum": output.model_checksum}
     names = score_names(output.scores, user)
     scores = {names[name]: value for name, value in one.scores.items()}
-    return data_row(one.image, one.request, {**image, **facts, **scores})
+    sources = {digest_of(column): digest for column, digest in one.sources.items()}
+    return data_row(one.image, one.request, {**image, **facts, **sources, **scores})
 
 
 def _schema(user: pa.Schema, output: Output, *, files: bool, latents: bool = False) -> pa.Schema:
     names = score_names(output.scores, user)
     scores = [pa.field(names[name], kind) for name, kind in output.scores.items()]
-    return data_schema(user, files=files, latents=latents, scores=scores)
+    sources = [pa.field(digest_of(column), pa.string()) for column in output.sources if column in user.names]
+    return data_schema(user, files=files, latents=latents, more=[*sources, *scores])
 
 
 def score_names(scores: Mapping[str, Any], user: pa.Schema) -> dict[str, str]:

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from ..inputs.values import REQUEST_COLUMNS
 from ..planning.tasks import LATENTS as LATENTS_FACTS
+from ..planning.tasks import PICTURE_FIELDS
 
 Columns = dict[str, pa.DataType]
 
@@ -23,8 +24,10 @@ PLAN: Columns = {
     "field": pa.string(),
     "reason": pa.string(),
     "original": pa.string(),
+    "source_stamps": pa.string(),
 }
-"""`parameters` holds all other request fields as JSON: they are the same in most rows of a job."""
+"""`parameters` holds all other request fields as JSON: they are the same in most rows of a job; `source_stamps`
+what the files that it is made from were like when it was planned."""
 MADE: Columns = {"sha256": pa.string(), "model": pa.string(), "model_checksum": pa.string()}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 LATENTS: Columns = {"latents": pa.binary(), **LATENTS_FACTS}
@@ -35,6 +38,13 @@ They are in the scale of the denoising network: the autoencoder's own, minus its
 VERDICT: Columns = {"stage": pa.string(), "field": pa.string(), "reason": pa.string(), "attempts": pa.int64()}
 SOURCE_COLUMN = {"latents": "source_latents"}
 """Columns of references that are not named like their field, because the job's output has one of that name."""
+
+
+def digest_of(column: str) -> str:
+    """The column with the SHA-256 of the sources that `column` refers to."""
+    return f"{column}_sha256"
+
+
 OWN_COLUMNS = frozenset(
     [
         *ID,
@@ -47,6 +57,7 @@ OWN_COLUMNS = frozenset(
         "image",
         "file_name",
         "image_bytes",
+        *(digest_of(SOURCE_COLUMN.get(name, name)) for name in (*PICTURE_FIELDS, "latents")),
     ]
 )
 """A user's column of such a name is carried as `input_...`; so is one of a field that the job reads."""

@@ -41,7 +41,7 @@ class PlanShard:
         rows = [
             {
                 **{name: getattr(image, name) for name in _PLANNED},
-                "original": json.dumps(image.original, ensure_ascii=False) if image.original else None,
+                **{name: _json(getattr(image, name)) for name in _MAPPINGS},
                 **image.user,
             }
             for image in self.images
@@ -61,7 +61,12 @@ class PlanShard:
         return cls(tuple(_planned(row, user.names, left) for row in table.to_pylist()), user)
 
 
-_PLANNED = [name for name in PLAN if name != "original"]
+_MAPPINGS = ("original", "source_stamps")
+_PLANNED = [name for name in PLAN if name not in _MAPPINGS]
+
+
+def _json(values: Mapping[str, str | None]) -> str | None:
+    return json.dumps(values, ensure_ascii=False) if values else None
 
 
 def _planned(row: dict[str, Any], user: list[str], left: Mapping[str, type[Reference]]) -> PlannedImage:
@@ -69,7 +74,7 @@ def _planned(row: dict[str, Any], user: list[str], left: Mapping[str, type[Refer
         row[name] = None if row[name] is None else kind(row[name])
     return PlannedImage(
         **{name: row[name] for name in _PLANNED},
-        original=json.loads(row["original"] or "{}"),
+        **{name: json.loads(row[name] or "{}") for name in _MAPPINGS},
         user={name: row[name] for name in user},
     )
 
@@ -88,20 +93,33 @@ def _as_carried(field: pa.Field) -> pa.Field:
     return pa.field(field.name, own, metadata={FEATURE: feature} if feature else None)
 
 
+def read_source_stamps(shard: bytes, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Of every image in a plan shard that has stamps: its id, and its source files with their stamps by path."""
+    table = pq.read_table(io.BytesIO(shard))
+    rows = table.select([n for n in ("id", "source_stamps", *columns) if n in table.column_names]).to_pylist()
+    stamps = ((row, json.loads(row["source_stamps"])) for row in rows if row["source_stamps"])
+    return [(row["id"], {row[column]: stamp for column, stamp in own.items()}) for row, own in stamps]
+
+
 def data_row(image: PlannedImage, request: ImageRequest, made: Mapping[str, Any]) -> dict[str, Any]:
     """One row of a data part: identity, `made` (image, checksums, model), request, user columns."""
     return {**_identity(image), **made, **request.parameters(), **image.user}
 
 
 def data_schema(
-    user: pa.Schema, *, files: bool, latents: bool = False, scores: Sequence[pa.Field] = ()
+    user: pa.Schema, *, files: bool, latents: bool = False, more: Sequence[pa.Field] = ()
 ) -> pa.Schema:
-    """The schema of data parts; with image files it names the file, or it holds latents, instead of the bytes."""
+    """The schema of data parts; with image files it names the file, or it holds latents, instead of the bytes.
+
+    Args:
+        user: the columns carried from the input.
+        more: digests of sources, and scores.
+    """
     image = [pa.field("file_name", pa.string())] if files else [pa.field("image", IMAGE)]
     if latents:
         image = _fields(LATENTS)
     carried = [field.with_metadata(None) for field in user]
-    fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *scores, *carried]
+    fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *more, *carried]
     known = {f.name: json.loads(f.metadata[FEATURE]) for f in user if FEATURE in (f.metadata or {})}
     if not (files or latents):
         known["image"] = {"_type": "Image"}

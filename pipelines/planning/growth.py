@@ -21,8 +21,9 @@ from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from ..report import SUCCESS
 from .hashes import ImageHashes
-from .plan import UNSTARTED, Plan, folders, planned, read_shard, record_plan, write_shards
+from .plan import UNSTARTED, Plan, folders, planned, read_shard, record_plan, stamps_of, write_shards
 from .rows import PlannedImage
+from .stamping import stamped
 
 BATCH = 1000
 """Images that are compared at a time."""
@@ -47,7 +48,8 @@ def grow(
         changes = [f"{n}: {before.get(n)} -> {after.get(n)}" for n in odd if before.get(n) != after.get(n)]
         raise JobConflict(f"{store.url}: the input's columns changed: {'; '.join(changes) or 'their order'}")
     known = _Known(store, plan)
-    wrote = write_shards(store, known.unseen(_stored(images, user)), user, config.shards, plan.shards)
+    new = stamped(known.unseen(_stored(images, user)), config, stamps_of(config, source))
+    wrote = write_shards(store, new, user, config.shards, plan.shards)
     known.check_all_seen()
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
@@ -65,6 +67,7 @@ def grow(
             for name in {**plan.models, **wrote.models}
         },
         number=plan.number + 1,
+        stamped=plan.stamped + wrote.stamped,
     )
     if wrote.shards:
         store.remove(SUCCESS)  # whoever waits for it must not take the half for the whole
@@ -142,8 +145,8 @@ def _hash(text: str) -> int:
 
 
 def _content(image: PlannedImage) -> int:
-    """All of an image but the place of its row."""
-    return _hash(repr(replace(image, file="", line=0)))
+    """All of an image but the place of its row, and its source files, whose stamps `replaced.py` compares."""
+    return _hash(repr(replace(image, file="", line=0, source_stamps={})))
 
 
 def _shown(image: PlannedImage) -> dict[str, object]:

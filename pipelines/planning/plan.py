@@ -23,9 +23,11 @@ from diffray.model.errors import JobConflict
 
 from ..config import InvalidJob, JobConfig, ShardLimits
 from ..inputs.source import Source
+from ..inputs.stamps import Stamps
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from .rows import PlannedImage, RowRules
+from .stamping import stamped
 from .survey import Survey
 
 PLANS = "_diffray/plans"
@@ -55,6 +57,13 @@ class Plan:
     """The shards of each model, where the job has several."""
     folders: Mapping[str, str | None] = field(default_factory=dict)
     """Where references lead: below `input`, or below `pictures` if the job names such a folder."""
+    stamped: int = 0
+    """Images made from files that have stamps."""
+
+    @property
+    def pictures(self) -> str:
+        """The folder of files that rows name by path."""
+        return self.folders.get("pictures") or self.folders.get("input") or ""
 
 
 def shard_path(shard: int) -> str:
@@ -65,9 +74,16 @@ def shard_path(shard: int) -> str:
 def read_plan(store: Store) -> Plan | None:
     """The newest plan of a job, or None when there is none yet."""
     numbers = store.numbered(PLANS)
-    if not numbers:
-        return None
-    name = f"{PLANS}/{numbers[-1]:05d}.json"
+    return _read(store, numbers[-1]) if numbers else None
+
+
+def read_plans(store: Store) -> list[Plan]:
+    """Every plan that a job ever had, the first one first."""
+    return [_read(store, number) for number in store.numbered(PLANS)]
+
+
+def _read(store: Store, number: int) -> Plan:
+    name = f"{PLANS}/{number:05d}.json"
     try:
         return Plan(**json.loads(store.read(name)))
     except (ValueError, TypeError) as error:
@@ -100,6 +116,7 @@ def write_plan(store: Store, config: JobConfig, models: Mapping[str, ModelConfig
     """
     files = source.fingerprint()
     survey, images = planned(config, models, source)
+    images = stamped(images, config, stamps_of(config, source))
     wrote = write_shards(store, images, survey.user.schema, config.shards)
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
@@ -112,6 +129,7 @@ def write_plan(store: Store, config: JobConfig, models: Mapping[str, ModelConfig
         files,
         models=wrote.models,
         folders=folders(config, source),
+        stamped=wrote.stamped,
     )
     record_plan(store, plan)
     return plan
@@ -131,6 +149,12 @@ def folders(config: JobConfig, source: Source) -> dict[str, str | None]:
     return {"input": source.root, "pictures": config.pictures.root}
 
 
+def stamps_of(config: JobConfig, source: Source) -> Stamps:
+    """The stamps of the files that rows name by path."""
+    root = config.pictures.root
+    return Stamps(root or source.root, config.storage_options, {} if root else source.stamps)
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """How much `write_shards` wrote."""
@@ -140,13 +164,14 @@ class Written:
     shards: int
     models: Mapping[str, Sequence[int]]
     """The shards of each named model."""
+    stamped: int
 
 
 def write_shards(
     store: Store, images: Iterator[PlannedImage], user: pa.Schema, limits: ShardLimits, first: int = 0
 ) -> Written:
     """Cut images into shards and write them, numbered from `first`."""
-    count = rejected = shards = 0
+    count = rejected = shards = stamps = 0
     models: dict[str, list[int]] = {}
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="plan") as pool:
         waiting: deque[Future[None]] = deque()
@@ -156,12 +181,13 @@ def write_shards(
                 waiting.popleft().result()
             count += len(members)
             rejected += sum(image.reason is not None for image in members)
+            stamps += sum(bool(image.source_stamps) for image in members)
             if members[0].model:
                 models.setdefault(members[0].model, []).append(first + shards)
             shards += 1
         for one in waiting:
             one.result()
-    return Written(count, rejected, shards, models)
+    return Written(count, rejected, shards, models, stamps)
 
 
 def _write_shard(store: Store, number: int, shard: PlanShard) -> None:

@@ -62,6 +62,8 @@ class PlannedImage:
     """The row's own request values as text; kept only for rejected rows, whose values fit no column."""
     user: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The task's own fields, references to source pictures, and the columns that diffray does not know."""
+    source_stamps: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Column of `user` to the stamp of the file that it names by path, as it was when this was planned."""
 
     @property
     def request(self) -> ImageRequest | None:

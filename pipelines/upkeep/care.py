@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from diffray.model.errors import JobConflict, JobError
 
 from ..config import JobConfig, storage_options
+from ..inputs.stamps import Stamps
 from ..job import Generate, JobResult, complete, result
 from ..making.actors import generate_on_ray
 from ..making.attempts import Attempts
@@ -30,6 +31,7 @@ from ..outputs.lock import Lock
 from ..outputs.store import SCRATCH, Store, side_by_side
 from ..planning.plan import Plan, read_plan, read_shard, record_plan, shard_path, write_shards
 from ..planning.rows import PlannedImage
+from ..planning.stamping import stamped
 from ..progress import Progress, Silent
 from ..report import SUCCESS
 from ..runs import last_workers, read_runs
@@ -191,7 +193,9 @@ def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
     if first is None:
         return plan
     user = read_shard(store, 0).user
-    wrote = write_shards(store, chain([first], images), user, config.shards, plan.shards)
+    stamps = Stamps(plan.pictures, config.storage_options)
+    images = stamped(chain([first], images), config, stamps)  # a source may have been put right since
+    wrote = write_shards(store, images, user, config.shards, plan.shards)
     names = {**plan.models, **wrote.models}
     again = replace(
         plan,
@@ -199,6 +203,7 @@ def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
         retried=plan.shards,
         models={name: [*plan.models.get(name, ()), *wrote.models.get(name, ())] for name in names},
         number=plan.number + 1,
+        stamped=plan.stamped + wrote.stamped,
     )
     store.remove(SUCCESS)
     record_plan(store, again)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from diffray.cli.app import app
@@ -262,3 +264,20 @@ def test_the_command_with_input_model_and_output_on_s3(
         shown = CliRunner().invoke(app, [*command, f"{url}/out", "--endpoint", s3.endpoint])
         assert shown.exit_code == 0, shown.stderr
     assert shown.stdout.endswith("0 orphans deleted\n")
+
+
+def test_a_source_picture_on_s3_is_known_by_its_etag(place: Place, s3: S3) -> None:
+    url, files = s3.folder(), s3.filesystem()
+    config = on_s3(s3, url, "image,prompt\na.bmp,x\nb.bmp,y\nno.bmp,z\n", task="augment")
+    pictures = {}
+    for name, colour in {"a": "red", "b": "green", "other": "blue"}.items():
+        Image.new("RGB", (16, 16), colour).save(data := io.BytesIO(), "BMP")
+        pictures[name] = data.getvalue()
+    names = {name: f"{url.removeprefix('s3://')}/in/{name}.bmp" for name in "ab"}
+    files.pipe({path: pictures[name] for name, path in names.items()})
+    assert place.run(config).images == 2
+    files.pipe(names["a"], pictures["a"])  # the same bytes at a later time are the same file
+    assert place.run(config).made == 0
+    files.pipe(names["a"], pictures["other"])
+    with pytest.raises(JobConflict, match=r"a\.bmp: 822 bytes, ETag \w+ -> 822 bytes, ETag \w+"):
+        place.run(config)

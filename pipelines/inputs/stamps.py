@@ -1,0 +1,97 @@
+"""What tells a file that is named by path from another one that was put in its place.
+
+A stamp is text that a person can compare: `4821 bytes, ETag 9bb58f26` where the storage has checksums or versions,
+else `4821 bytes, of 2026-11-28T21:19:36.123456+00:00`. A file that was only touched counts as another one.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from posixpath import join
+from typing import Any
+
+from diffray.model.errors import JobError
+from diffray.model.storage import open_storage
+
+ASKERS = 32
+"""Questions at a time: an object store takes a while for each."""
+_TAGS = ("ETag", "etag", "md5Hash", "blob_id")
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+"""Where the filesystems of fsspec say which version of a file it is, and when it was written."""
+_NO_SUCH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+def stamp(info: Mapping[str, Any]) -> str:
+    """The stamp of a file about which fsspec says `info`."""
+    size = f"{info.get('size')} bytes"
+    for name in _TAGS:
+        if info.get(name):
+            return f"{size}, ETag {str(info[name]).strip(chr(34))}"
+    for name in _TIMES:
+        if info.get(name):
+            return f"{size}, of {_time(info[name])}"
+    return size
+
+
+def same(planned: str, now: str, *, exact: bool) -> bool:
+    """Whether two stamps are of the same file; only sizes count unless `exact`."""
+    return planned == now or (not exact and planned.split(",")[0] == now.split(",")[0])
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether the storage says that there is no such file, nor can be; all else may be its own trouble."""
+    missing = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, missing) or error.errno in _NO_SUCH
+
+
+class Stamps:
+    """The stamps of files below one folder.
+
+    Args:
+        folder: path or URL.
+        storage: fsspec options by URL, as `JobConfig.storage_options` gives them.
+        known: stamps by path below `folder`, where a listing has told them.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        storage: Callable[[str], Mapping[str, Any]],
+        known: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self._fs, self._root = open_storage(folder, storage(folder))
+        self._known = known or {}
+
+    def of(self, paths: Iterable[str]) -> dict[str, str | None]:
+        """The stamp of each path; None for what is no file that can be read.
+
+        Raises:
+            JobError: the storage does not answer.
+        """
+        paths = list(dict.fromkeys(paths))
+        found: dict[str, str | None] = {path: self._known.get(path) for path in paths}
+        asked = [path for path in paths if found[path] is None]
+        if asked:
+            with ThreadPoolExecutor(min(ASKERS, len(asked)), thread_name_prefix="stamp") as pool:
+                found |= zip(asked, pool.map(self._ask, asked), strict=True)
+        return found
+
+    def _ask(self, path: str) -> str | None:
+        try:
+            info = self._fs.info(join(self._root, path))
+        except PermissionError:
+            return None
+        except OSError as error:
+            if is_absent(error):
+                return None
+            raise JobError(f"{path} cannot be looked at: {error}") from error
+        return None if info.get("type") == "directory" else stamp(info)
+
+
+def _time(value: Any) -> str:
+    moment = datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else value
+    return moment.isoformat() if isinstance(moment, datetime) else str(moment)

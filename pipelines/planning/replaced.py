@@ -1,0 +1,59 @@
+"""Proof that the files which images are made from are still those that the job was planned with."""
+
+from __future__ import annotations
+
+from diffray.model.errors import JobConflict
+
+from ..config import JobConfig
+from ..inputs.sources import source_columns
+from ..inputs.stamps import Stamps, same
+from ..outputs.commit import commit_path, read_commit
+from ..outputs.store import Store, side_by_side
+from ..outputs.tables import read_source_stamps
+from .plan import Plan, read_plans, shard_path
+
+SHOWN = 5
+"""Files that a message names."""
+
+
+def check_sources(store: Store, config: JobConfig, plan: Plan, stamps: Stamps) -> None:
+    """Refuse to go on when a source file is gone, or another one stands in its place.
+
+    Files of rows that were rejected may change: nothing was made from them. Where the pictures were copied to
+    another folder since they were planned, only sizes are compared.
+
+    Raises:
+        JobConflict: naming some of the files, and how they differ.
+        JobError: the storage does not answer.
+    """
+    if not plan.stamped:
+        return
+    columns, exact = [*source_columns(config).values()], unmoved(store, stamps.folder)
+
+    def changed(number: int) -> dict[str, str]:
+        planned = read_source_stamps(store.read(shard_path(number)), columns)
+        now = stamps.of(path for _, files in planned for path in files)
+        differs = {
+            (image, path): f"  {path}: {before} -> {now[path] or 'missing'}"
+            for image, files in planned
+            for path, before in files.items()
+            if not same(before, now[path] or "", exact=exact)
+        }
+        if differs and store.exists(commit_path(number)):
+            rejected = read_commit(store, number).reasons
+            differs = {place: text for place, text in differs.items() if place[0] not in rejected}
+        return {path: text for (_, path), text in differs.items()}
+
+    count, shown = 0, dict[str, str]()
+    for found in side_by_side(changed, range(plan.shards)):
+        count += len(found.keys() - shown.keys())
+        shown |= dict(list(found.items())[: max(0, SHOWN - len(shown))])
+    if count:
+        what = f"{count} source files are not those that the job was planned with"
+        lines = [f"{store.url}: {what}; choose a new output, or bring them back:", *shown.values()]
+        raise JobConflict("\n".join(lines))
+
+
+def unmoved(store: Store, folder: str) -> bool:
+    """Whether `folder` is where the pictures were each time that the job was planned."""
+    return all(plan.pictures == folder for plan in read_plans(store))
