@@ -1,6 +1,6 @@
 """What a large table costs the driver: `python -m benchmarks.planning`. Time and memory of planning, of starting
 again when half of the shards are committed, of planning what is new in a table that grew, and of planning rows that
-have ids, each in a process of its own. No images are made.
+have ids, or name a picture each, all in processes of their own. No images are made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -38,18 +38,28 @@ class Planned(Exception):
     """Raised where images would be made."""
 
 
-def table(path: Path, rows: int, *, ids: bool = False) -> None:
-    """A Parquet table of distinct prompts, a label, a seed, and ids if asked for."""
+def table(path: Path, rows: int, *more: str) -> None:
+    """A Parquet table of distinct prompts, a label, a seed, and `more`: "id", "image" (paths of files beside it)."""
     fields = [("prompt", pa.string()), ("label", pa.int64()), ("seed", pa.int64())]
-    schema = pa.schema([*fields, ("id", pa.string())] if ids else fields)
+    schema = pa.schema([*fields, *((name, pa.string()) for name in more)])
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, CHUNK):
             numbers = np.arange(start, min(rows, start + CHUNK))
             prompts = [f"a photograph of object number {n}, studio light" for n in numbers]
             columns: dict[str, Any] = {"prompt": prompts, "label": numbers % 1000, "seed": numbers}
-            if ids:
-                columns["id"] = [f"row-{n}" for n in numbers]
-            writer.write_table(pa.table(columns, schema))
+            columns["id"] = [f"row-{n}" for n in numbers]
+            columns["image"] = [f"{n // 1000:04d}/{n}.png" for n in numbers]
+            writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
+            if "image" in more:
+                _touch(path.parent, columns["image"])
+
+
+def _touch(folder: Path, names: Sequence[str]) -> None:
+    """Empty files; nothing looks into them before they are made into images."""
+    for parent in dict.fromkeys(name.partition("/")[0] for name in names):
+        (folder / parent).mkdir()
+    for name in names:
+        (folder / name).touch()
 
 
 def half_committed(output: str) -> None:
@@ -74,7 +84,12 @@ def once(folder: Path) -> dict[str, float]:
         raise Planned
 
     before, began = _peak(), time.perf_counter()
-    config = JobConfig(input=str(folder / "in.parquet"), output=str(folder / "out"))
+    pictures = "image" in pq.read_schema(folder / "in.parquet").names
+    config = JobConfig(
+        input=str(folder / "in.parquet"),
+        output=str(folder / "out"),
+        task="augment" if pictures else "generate",
+    )
     with suppress(Planned):
         run(config, generate=stop)
     return {"seconds": time.perf_counter() - began, "peak_mib": _peak(), "imports_mib": before}
@@ -111,8 +126,13 @@ def main() -> None:
                 measure(folder, rows + rows // 10, "plan the tenth that is new")
         if rows in options.rows:
             with _folder() as folder:
-                table(folder / "in.parquet", rows, ids=True)
+                table(folder / "in.parquet", rows, "id")
                 measure(folder, rows, "plan, with ids")
+            with _folder() as folder:
+                table(folder / "in.parquet", rows, "image")
+                measure(folder, rows, "plan, pictures by path")
+                half_committed(str(folder / "out"))
+                measure(folder, rows, "start again, pictures by path")
     kind = machine.kind(torch.device("cpu"))
     values = {
         "name": "planning",

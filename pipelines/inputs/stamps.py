@@ -65,6 +65,8 @@ class Stamps:
         self.folder = folder
         self._fs, self._root = open_storage(folder, storage(folder))
         self._known = known or {}
+        local = getattr(self._fs, "local_file", False)
+        self._map = map if local else ThreadPoolExecutor(ASKERS, thread_name_prefix="stamp").map
 
     def of(self, paths: Iterable[str]) -> dict[str, str | None]:
         """The stamp of each path; None for what is no file that can be read.
@@ -75,10 +77,7 @@ class Stamps:
         paths = list(dict.fromkeys(paths))
         found: dict[str, str | None] = {path: self._known.get(path) for path in paths}
         asked = [path for path in paths if found[path] is None]
-        if asked:
-            with ThreadPoolExecutor(min(ASKERS, len(asked)), thread_name_prefix="stamp") as pool:
-                found |= zip(asked, pool.map(self._ask, asked), strict=True)
-        return found
+        return found | dict(zip(asked, self._map(self._ask, asked), strict=True))
 
     def _ask(self, path: str) -> str | None:
         try:
