@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command import job_command
+from .command import job_command, keys
 from .outcome import reported
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ Limit = Annotated[int | None, typer.Option(help="Only the first rows.")]
 Rate = Annotated[float | None, typer.Option(help="Images per second of the whole job, to estimate its time.")]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Load the model and make a few images, to estimate the job's time.")
+]
+
+Change = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--job", help="A key in place of the file's, as KEY.PATH=YAML: workers.actors=4; repeat it."
+    ),
 ]
 
 TASKS = {
@@ -45,6 +52,7 @@ def task_commands() -> list[Callable[..., None]]:
 def run(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help="YAML file with the keys of a job.")],
+    change: Change = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     rate: Rate = None,
@@ -52,7 +60,7 @@ def run(
 ) -> None:
     """Run the job that a YAML file describes."""
     with reported(context):
-        config = _read(job, limit)
+        config = _read(job, change, limit)
         if dry_run:
             _show(config, rate=rate)
         else:
@@ -62,13 +70,14 @@ def run(
 def plan(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help="YAML file with the keys of a job.")],
+    change: Change = None,
     limit: Limit = None,
     rate: Rate = None,
     measure: Measure = False,
 ) -> None:
     """Say what a job would make, and how long it would take; write nothing, start no Ray."""
     with reported(context):
-        _show(_read(job, limit), rate=rate, measure=measure)
+        _show(_read(job, change, limit), rate=rate, measure=measure)
 
 
 def schema() -> None:
@@ -78,11 +87,10 @@ def schema() -> None:
     typer.echo(json.dumps(job_schema(), indent=2))
 
 
-def _read(job: str, limit: int | None) -> JobConfig:
+def _read(job: str, change: list[str] | None, limit: int | None) -> JobConfig:
     from diffray.pipelines import JobConfig
 
-    config = JobConfig.from_yaml(job)
-    return config if limit is None else config.model_copy(update={"limit": limit})
+    return JobConfig.from_yaml(job, keys(change) | ({} if limit is None else {"limit": limit}))
 
 
 def _start(context: typer.Context, values: dict[str, Any], own: Mapping[str, Any]) -> None:

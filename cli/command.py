@@ -97,8 +97,8 @@ def job_values(given: Mapping[str, Any], values: dict[str, Any] | None = None) -
     if "models" in values:
         shared = values.pop("model", {})
         values["models"] = {name: {**shared, "source": source} for name, source in values["models"].items()}
-    for key, text in pairs("--job", given.get("job")).items():
-        _put(values, key.split("."), _yaml(key, text), "--job")
+    for key, value in keys(given.get("job")).items():
+        _put(values, key.split("."), value, "--job")
     if storage := storage_from(**{name: given[name] for name in STORAGE}):
         _put(values, ["storage"], storage, "--storage")
     return values
@@ -118,6 +118,11 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any, flag: str) -> 
     if path[-1] in place:
         raise typer.BadParameter(f"{flag}: {'.'.join(path)} is given twice")
     place[path[-1]] = value
+
+
+def keys(texts: list[str] | None) -> dict[str, Any]:
+    """Values by dotted key, from `--job KEY.PATH=YAML`."""
+    return {key: _yaml(key, text) for key, text in pairs("--job", texts).items()}
 
 
 def _yaml(key: str, text: str) -> Any:

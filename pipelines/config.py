@@ -292,8 +292,12 @@ class JobConfig(Strict):
             raise InvalidJob("\n".join(["the job config is not valid:", *lines])) from None
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> JobConfig:
+    def from_yaml(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> JobConfig:
         """The config in a YAML file.
+
+        Args:
+            path: of the file.
+            changes: values by dotted key ("workers.actors"), in place of the file's.
 
         Raises:
             InvalidJob: the file cannot be read, is no YAML mapping, or `checked` refuses it.
@@ -308,6 +312,15 @@ class JobConfig(Strict):
             raise InvalidJob(f"{path}: {error}") from None
         if not isinstance(values, dict):
             raise InvalidJob(f"{path}: got {type(values).__name__}, expected a mapping of job keys")
+        for key, value in (changes or {}).items():
+            place, *names = values, *key.split(".")
+            for name in names[:-1]:
+                if not isinstance(place, dict):
+                    break
+                place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise InvalidJob(f"{path}: {key}: {key.rpartition('.')[0]} is no mapping in this file")
+            place[names[-1]] = value
         return cls.checked(values)
 
 

@@ -14,8 +14,8 @@ from posixpath import split
 from typing import IO, Any
 
 from ..config import InvalidJob
-from .blobs import Member, Reference
 from .readers import SourceRow, checked
+from .references import Member, Reference
 
 MAX_TEXT = 1 << 20
 """Bytes of a member that is read while planning."""

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..outputs.schemas import OWN_COLUMNS
-from .blobs import Reference
+from .references import Reference
 
 FEATURE = b"huggingface"
 EXACT = 1 << 53

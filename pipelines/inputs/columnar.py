@@ -9,8 +9,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .blobs import Cell, Reference, is_blob
 from .readers import SourceRow
+from .references import Cell, Reference, is_blob
 
 BATCH = 1000
 

@@ -20,8 +20,9 @@ from ..config import JobConfig
 from ..outputs.schemas import SOURCE_COLUMN
 from ..planning.rows import PlannedImage
 from ..planning.tasks import KINDS
-from .blobs import BlobError, Blobs, Reference, StructReference
+from .blobs import Blobs
 from .pictures import fitted, picture
+from .references import BlobError, Reference, StructReference
 from .source import input_root
 
 DTYPES = ("float16", "float32", "bfloat16")

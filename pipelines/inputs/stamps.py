@@ -18,7 +18,7 @@ from diffray.model.storage import open_storage
 
 ASKERS = 32
 """Questions at a time: an object store takes a while for each."""
-_TAGS = ("ETag", "etag", "md5Hash", "blob_id")
+_TAGS = ("md5Hash", "ETag", "etag", "blob_id")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 """Where the filesystems of fsspec say which version of a file it is, and when it was written."""
 _NO_SUCH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
@@ -29,7 +29,7 @@ def stamp(info: Mapping[str, Any]) -> str:
     size = f"{info.get('size')} bytes"
     for name in _TAGS:
         if info.get(name):
-            return f"{size}, ETag {str(info[name]).strip(chr(34))}"
+            return f"{size}, ETag {str(info[name]).removeprefix('W/').strip(chr(34))}"
     for name in _TIMES:
         if info.get(name):
             return f"{size}, of {_time(info[name])}"

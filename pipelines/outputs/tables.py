@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from diffray.model.request import ImageRequest
 
-from ..inputs.blobs import Reference, StructReference, is_blob
 from ..inputs.carried import FEATURE
+from ..inputs.references import Reference, StructReference, is_blob
 from ..inputs.values import REQUEST_COLUMNS, as_text
 from ..planning.rows import PlannedImage
 from .schemas import ID, IMAGE, LATENTS, MADE, PLACE, PLAN, VERDICT

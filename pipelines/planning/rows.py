@@ -26,8 +26,8 @@ from diffray.model.errors import InvalidRequest
 from diffray.model.request import MAX_PROMPT, MAX_SEED, ImageRequest
 
 from ..config import InvalidJob, JobConfig
-from ..inputs.blobs import INPUT, BlobError, Reference, below, parsed_reference
 from ..inputs.columns import COUNT_COLUMNS, Columns, Place, Reading
+from ..inputs.references import INPUT, BlobError, Reference, below, parsed_reference
 from ..inputs.values import REQUEST_COLUMNS, as_text, integer, shown
 from ..outputs.schemas import SOURCE_COLUMN
 from .settings import TEXTS, SettingsOf

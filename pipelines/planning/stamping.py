@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from ..config import JobConfig
-from ..inputs.blobs import Reference, parsed_reference
+from ..inputs.references import Reference, parsed_reference
 from ..inputs.sources import source_columns
 from ..inputs.stamps import Stamps
 from .rows import PlannedImage

@@ -95,7 +95,29 @@ def test_a_dry_run_and_a_plan_tell_and_write_nothing(table: Path, tmp_path: Path
         assert "t.csv:3): init_image: got nothing in column init_image or image or file_name" in text
         assert "t.csv:4): n: got 'x', allowed is an integer" in text
     assert diffray("plan", job, "--limit", 1)[1].splitlines()[1] == "rows      1"
+    change = ["--job", "task=generate", "--job", "shards.images=2", "--job", "columns={prompt: caption}"]
+    assert diffray("run", job, *change, "--dry-run")[1].splitlines()[:2] == [
+        "task      generate",
+        "rows      3",
+    ]
+    assert diffray("plan", job, *change)[1].splitlines()[3] == "shards    2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "job.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("workers.actor=2", "workers.actor"),
+        ("task.name=x", "task.name: task is no mapping in this file"),
+        ("workers=[", "no YAML"),
+    ],
+)
+def test_a_key_in_place_of_the_files_is_checked_like_it(tmp_path: Path, change: str, message: str) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("{task: generate, input: in.csv, output: out}")
+    code, _, error = diffray("run", job, "--job", change)
+    assert code == 2
+    assert message in error
 
 
 def test_a_measured_plan_makes_a_few_images(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from PIL import Image, TiffImagePlugin
 from diffray.model.errors import InvalidRequest, JobError
 from diffray.pipelines.config import Pictures
 from diffray.pipelines.inputs import blobs as blobs_module
-from diffray.pipelines.inputs.blobs import BlobError, Blobs, below
+from diffray.pipelines.inputs.blobs import Blobs
 from diffray.pipelines.inputs.pictures import fitted, picture
+from diffray.pipelines.inputs.references import BlobError, below
 
 from ..conftest import Place, in_process
 
