@@ -211,6 +211,7 @@ class Source:
 
     def _listing(self, found: _Found) -> dict[str, Any]:
         digest = hashlib.sha256()
+        self._fs.invalidate_cache()  # some storages answer from what they listed before
         infos = self._fs.find(found.root, detail=True)  # one listing instead of a question per file
         for path in found.files:
             name, known = self._name(path), stamp(infos[path])

@@ -64,6 +64,7 @@ class Stamps:
     ) -> None:
         self.folder = folder
         self._fs, self._root = open_storage(folder, storage(folder))
+        self._fs.invalidate_cache()  # some storages answer from what they listed before
         self._known = known or {}
         local = getattr(self._fs, "local_file", False)
         self._map = map if local else ThreadPoolExecutor(ASKERS, thread_name_prefix="stamp").map

@@ -10,8 +10,7 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +32,7 @@ from .images import Maker
 from .images import WorkerBroken as WorkerBroken
 from .models import Models
 from .scores import Examiner
+from .shared_lock import SharedLock
 from .tally import STORE, Meter, Tally
 from .texts import Texts
 from .watchdog import Hanging, Watchdog
@@ -108,7 +108,7 @@ class Worker:
         self._ended = 0
         self._making: dict[int, asyncio.Future[Any]] = {}
         self._returned: set[int] = set()
-        self._turns = _Turns()
+        self._lock = SharedLock()
         kind = models.config(task.model)
         plans = read_plans(store)
         folders = {plan.pictures for plan in plans}
@@ -198,10 +198,10 @@ class Worker:
             self.tally.rejected(number, outcome.stage)
         timings: dict[str, float] = defaultdict(float)
         if attempts.alone:
-            async with self._turns.exclusive():
+            async with self._lock.exclusive():
                 made = await self._one_by_one(ready, attempts, timings)
         else:
-            async with self._turns.shared():
+            async with self._lock.shared():
                 made = await self._together(ready, attempts, timings)
         timings["shard_seconds"] = time.monotonic() - started
         return shard, [*decided, *made], {name: round(spent, 4) for name, spent in sorted(timings.items())}
@@ -296,41 +296,3 @@ def _decided(
         else:
             ready.append(image)
     return outcomes, ready
-
-
-class _Turns:
-    """Either many shards at once, or one alone. One that waits to be alone goes before newcomers."""
-
-    def __init__(self) -> None:
-        self._changed = asyncio.Condition()
-        self._sharing = 0
-        self._alone = False
-        self._waiting = 0
-
-    @asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._alone and not self._waiting)
-            self._sharing += 1
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._sharing -= 1
-                self._changed.notify_all()
-
-    @asynccontextmanager
-    async def exclusive(self) -> AsyncIterator[None]:
-        async with self._changed:
-            self._waiting += 1
-            try:
-                await self._changed.wait_for(lambda: not self._alone and not self._sharing)
-            finally:
-                self._waiting -= 1
-            self._alone = True
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._alone = False
-                self._changed.notify_all()
