@@ -56,13 +56,12 @@ def lance_url(fs: Any, path: str) -> str:
 
 def lance_digest(dataset: Any) -> dict[str, Any]:
     """What a version holds: the names of its files, which are never written again, and the rows deleted of each."""
-    files = json.dumps([fragment.metadata.to_json() for fragment in dataset.get_fragments()], sort_keys=True)
-    digest = hashlib.sha256(files.encode()).hexdigest()
+    parts = [json.dumps(fragment.metadata.to_json(), sort_keys=True) for fragment in dataset.get_fragments()]
     return {
         "name": basename(dataset.uri.rstrip("/")),
         "version": dataset.version,
         "rows": dataset.count_rows(),
-        "sha256": digest,
+        "parts": [hashlib.sha256(part.encode()).hexdigest() for part in parts],
     }
 
 

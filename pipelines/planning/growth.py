@@ -2,21 +2,26 @@
 
 The proof compares what was planned with what would be planned now, image by image and by id. The order of rows and
 the names of files do not matter, except where pictures or other large values stand in tables or tars: an image refers
-to these by file and place, and is another one when they move.
+to these by file and place, and is another one when they move. Such a file must be what it was; new rows come in new
+files, or are appended to a Lance dataset.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
+from posixpath import basename
+from typing import Any
 
 from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
 from ..config import InvalidJob, JobConfig
+from ..inputs.references import INPUT, Reference, parsed_reference
 from ..inputs.source import Source
+from ..inputs.sources import source_columns
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from ..report import SUCCESS
@@ -47,10 +52,10 @@ def grow(
         odd = sorted(dict.fromkeys([*before, *after]))
         changes = [f"{n}: {before.get(n)} -> {after.get(n)}" for n in odd if before.get(n) != after.get(n)]
         raise JobConflict(f"{store.url}: the input's columns changed: {'; '.join(changes) or 'their order'}")
-    known = _Known(store, plan)
+    known = _Known(store, plan, config, _changed_files(plan.input, files))
     new = stamped(known.unseen(_stored(images, user)), config, stamps_of(config, source))
     wrote = write_shards(store, new, user, config.shards, plan.shards)
-    known.check_all_seen()
+    known.check()
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
     config.check_rejected(plan.rejected + wrote.rejected, plan.images + wrote.images, UNSTARTED)
@@ -94,8 +99,9 @@ def _stored(images: Iterator[PlannedImage], user: object) -> Iterator[PlannedIma
 class _Known:
     """The images of a plan."""
 
-    def __init__(self, store: Store, plan: Plan) -> None:
+    def __init__(self, store: Store, plan: Plan, config: JobConfig, changed: set[str]) -> None:
         self._store, self._plan = store, plan
+        self._changed, self._columns = changed, source_columns(config).values()
         self._hashes = ImageHashes((_hash(image.id), _content(image)) for image in self._images())
 
     def unseen(self, images: Iterator[PlannedImage]) -> Iterator[PlannedImage]:
@@ -108,25 +114,39 @@ class _Known:
             elif content == _content(image):
                 self._hashes.meet(own)
             else:
-                raise JobConflict(self._changed(image))
+                raise JobConflict(self._difference(image))
 
-    def check_all_seen(self) -> None:
-        """Refuse an input that lacks a planned image."""
+    def check(self) -> None:
+        """Refuse an input that lacks a planned image, or in which something else stands where it is made from."""
         gone, missing = self._hashes.missing()
-        if not gone:
-            return
-        lost = (image.id for image in self._images() if _hash(image.id) in missing)
-        shown = ", ".join(dict.fromkeys(islice(lost, 3)))
-        raise JobConflict(
-            f"{self._store.url}: the input lacks {gone} images that were planned, e.g. {shown}; "
-            f"choose a new output, or bring the rows back"
-        )
+        if gone:
+            lost = (image.id for image in self._images() if _hash(image.id) in missing)
+            shown = ", ".join(dict.fromkeys(islice(lost, 3)))
+            raise JobConflict(
+                f"{self._store.url}: the input lacks {gone} images that were planned, e.g. {shown}; "
+                f"choose a new output, or bring the rows back"
+            )
+        for image in self._images() if self._changed else ():
+            if odd := sorted({basename(file) for file in self._files(image)} & self._changed):
+                raise JobConflict(
+                    f"{self._store.url} holds another job: {odd[0]} changed, and image {image.id} "
+                    f"({image.file}:{image.line}) is made from what stood in it; choose a new output, or bring it "
+                    f"back and add new pictures in files of their own"
+                )
+
+    def _files(self, image: PlannedImage) -> Iterator[str]:
+        """The tables and tars that hold values of an image."""
+        for column, value in image.user.items():
+            if isinstance(value, Reference) or (column in self._columns and isinstance(value, str)):
+                place = parsed_reference(value.removeprefix(INPUT))
+                if not isinstance(place, str):
+                    yield place.file
 
     def _images(self) -> Iterator[PlannedImage]:
         for shard in range(self._plan.shards):
             yield from read_shard(self._store, shard).images
 
-    def _changed(self, now: PlannedImage) -> str:
+    def _difference(self, now: PlannedImage) -> str:
         before = next(image for image in self._images() if image.id == now.id)
         old, new = _shown(before), _shown(now)
         lines = [f"  {k}: {old.get(k)!r} -> {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
@@ -138,6 +158,18 @@ class _Known:
                 *lines,
             ]
         )
+
+
+def _changed_files(before: Iterable[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the files of an input that are gone or hold something else; a Lance dataset may have more parts."""
+
+    def still(entry: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+        parts = entry.get("parts")
+        if parts is None:
+            return entry == now
+        return bool(entry["name"] == now["name"] and parts == now.get("parts", ())[: len(parts)])
+
+    return {entry["name"] for entry in before if not any(still(entry, now) for now in after)}
 
 
 def _hash(text: str) -> int:

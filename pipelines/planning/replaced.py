@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from diffray.model.errors import JobConflict
 
 from ..config import JobConfig
 from ..inputs.sources import source_columns
 from ..inputs.stamps import Stamps, same
+from ..making.attempts import Attempts
 from ..outputs.commit import commit_path, read_commit
 from ..outputs.store import Store, side_by_side
 from ..outputs.tables import read_source_stamps
@@ -39,19 +42,26 @@ def check_sources(store: Store, config: JobConfig, plan: Plan, stamps: Stamps) -
             for path, before in files.items()
             if not same(before, now[path] or "", exact=exact)
         }
-        if differs and store.exists(commit_path(number)):
-            rejected = read_commit(store, number).reasons
-            differs = {place: text for place, text in differs.items() if place[0] not in rejected}
-        return {path: text for (_, path), text in differs.items()}
+        rejected = _rejected(store, number) if differs else ()
+        return {path: text for (image, path), text in differs.items() if image not in rejected}
 
-    count, shown = 0, dict[str, str]()
+    paths, shown = set[str](), dict[str, str]()
     for found in side_by_side(changed, range(plan.shards)):
-        count += len(found.keys() - shown.keys())
+        paths |= found.keys()
         shown |= dict(list(found.items())[: max(0, SHOWN - len(shown))])
-    if count:
-        what = f"{count} source files are not those that the job was planned with"
-        lines = [f"{store.url}: {what}; choose a new output, or bring them back:", *shown.values()]
-        raise JobConflict("\n".join(lines))
+    if paths:
+        what = f"{len(paths)} source files are not those that the job was planned with"
+        remedy = "choose a new output, or bring them back"
+        if plan.retried:
+            remedy += "; a retry that was interrupted goes on with `diffray retry-rejected`"
+        raise JobConflict("\n".join([f"{store.url}: {what}; {remedy}:", *shown.values()]))
+
+
+def _rejected(store: Store, number: int) -> Collection[str]:
+    """Images of a shard that are rejected, or will be when a repaired one is made again."""
+    if store.exists(commit_path(number)):
+        return read_commit(store, number).reasons
+    return Attempts.read(store, number, 0, 1, patient=True).verdicts
 
 
 def unmoved(store: Store, folder: str) -> bool:

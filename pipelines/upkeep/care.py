@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from posixpath import dirname
@@ -29,7 +29,8 @@ from ..outputs.commit import Commit, commit_path, committed, current_path, read_
 from ..outputs.fingerprint import check, fingerprint, recorded_config
 from ..outputs.lock import Lock
 from ..outputs.store import SCRATCH, Store, side_by_side
-from ..planning.plan import Plan, read_plan, read_shard, record_plan, shard_path, write_shards
+from ..outputs.tables import PlanShard
+from ..planning.plan import Plan, read_plan, read_plans, read_shard, record_plan, shard_path, write_shards
 from ..planning.rows import PlannedImage
 from ..planning.stamping import stamped
 from ..progress import Progress, Silent
@@ -180,7 +181,9 @@ def retry_rejected(
         missing = set(range(plan.shards)) - committed(store)
         if any(number < plan.retried or not plan.retried for number in missing):
             raise JobError(f"{store.url}: {len(missing)} shards are missing; run the job's own command first")
-        if not missing:
+        if missing:
+            _stamp_again(store, config, plan, missing)
+        else:
             plan = _plan_again(store, config, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
     return result(store, config, plan, made, started)
@@ -208,6 +211,16 @@ def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
     store.remove(SUCCESS)
     record_plan(store, again)
     return again
+
+
+def _stamp_again(store: Store, config: JobConfig, plan: Plan, missing: Collection[int]) -> None:
+    """The missing shards of an interrupted retry are made from their source files as these are now."""
+    stamps = Stamps(plan.pictures, config.storage_options)
+    retry = next(one for one in read_plans(store) if one.retried == plan.retried)
+    for number in sorted(set(range(plan.retried, retry.shards)) & set(missing)):
+        shard = read_shard(store, number)
+        images = tuple(stamped(iter(shard.images), config, stamps))
+        store.write(shard_path(number), PlanShard(images, shard.user).to_parquet())
 
 
 def _rejected(store: Store, plan: Plan) -> Iterator[PlannedImage]:

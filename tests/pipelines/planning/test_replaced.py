@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from diffray.model.errors import JobConflict, JobError
-from diffray.pipelines import Store, retry_rejected
+from diffray.pipelines import Store, repair, retry_rejected
 from diffray.pipelines.planning.plan import read_plan
 
 from .. import fake
@@ -124,6 +128,50 @@ def test_a_rejected_rows_source_may_be_put_right(place: Place, table: str) -> No
         place.run(config)
 
 
+def test_a_rejected_rows_source_may_be_put_right_in_the_middle_of_a_retry(place: Place, table: str) -> None:
+    path = place.path / "cats/b.bmp"
+    path.write_bytes(b"no picture")
+    config = place.config(table, task="augment", shards={"images": 1})
+    place.run(config)
+    out = str(place.path / "out")
+
+    def never(*_: Any) -> Any:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        retry_rejected(out, models=fake.FakeModels(), generate=never)
+    draw(path, "green")
+    with pytest.raises(JobConflict, match="interrupted goes on with `diffray retry-rejected`"):
+        place.run(config)
+    assert retry_rejected(out, models=fake.FakeModels(), generate=in_process).images == 3
+    assert place.run(config).made == 0
+
+
+def test_a_repaired_shard_does_not_ask_for_the_file_that_was_put_right(place: Place, table: str) -> None:
+    path = place.path / "cats/b.bmp"
+    path.write_bytes(b"no picture")
+    config = place.config(table, task="augment")
+    place.run(config)
+    draw(path, "green")
+    out = str(place.path / "out")
+    retry_rejected(out, models=fake.FakeModels(), generate=in_process)
+    before = place.bytes()
+    (place.path / "out/data/part-00000.parquet").unlink()
+    assert repair(Store(out)).damaged == [0]
+    assert place.run(config).images == 3
+    assert place.bytes() == before
+
+
+def test_many_images_of_one_file_are_one_file(place: Place, table: str) -> None:
+    config = place.config(table, task="augment", images_per_prompt=5, shards={"images": 2})
+    place.run(config)
+    for name in "ab":
+        replaced(place.path / f"cats/{name}.bmp")
+    with pytest.raises(JobConflict, match="2 source files"):
+        place.run(config)
+
+
 def test_copies_elsewhere_are_compared_by_size(place: Place, table: str) -> None:
     config = place.config(table, task="augment", shards={"images": 1})
     with pytest.raises(KeyboardInterrupt):
@@ -201,3 +249,37 @@ def test_times_are_of_the_file_and_not_of_the_look(place: Place, table: str) -> 
     os.chmod(place.path / "cats/a.bmp", 0o600)
     time.sleep(0.01)
     assert place.run(config).made == 0
+
+
+def packed(place: Place, name: str, *colours: str) -> None:
+    """A table, or a tar, of pictures that all have as many bytes."""
+    pictures = [draw(place.path / f"of/{colour}.bmp", colour).read_bytes() for colour in colours]
+    if name.endswith(".parquet"):
+        rows = {"prompt": [f"p{i}" for i in range(len(colours))], "image": pictures}
+        pq.write_table(pa.table(rows), place.path / name)
+        return
+    with tarfile.open(place.path / name, "w") as tar:
+        for i, picture in enumerate(pictures):
+            for ending, data in {"txt": b"p", "bmp": picture}.items():
+                member = tarfile.TarInfo(f"{i}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.tar"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_pictures_in_a_table_or_a_tar(place: Place, name: str, finished: bool) -> None:
+    (place.path / "in").mkdir()
+    packed(place, f"in/{name}", "red", "green", "black")
+    config = place.config(str(place.path / "in"), task="augment", shards={"images": 1})
+    if finished:
+        place.run(config)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            place.run(config, generate=stopped)
+    packed(place, f"in/{name}", "blue", "blue", "blue")
+    with pytest.raises(JobConflict, match=rf"{name} changed, and image \w+-0 \({name}:1\) is made from"):
+        place.run(config)
+    packed(place, f"in/{name}", "red", "green", "black")
+    packed(place, f"in/new-{name}", "white")
+    assert place.run(config).images == 4, "what is new stands in a file of its own"
