@@ -155,11 +155,12 @@ def _shares(config: JobConfig, plan: Plan, pending: Sequence[int]) -> list[Share
     if not config.models:
         return [Share(config.model, pending)]
     left = set(pending)
-    shares = [(config.models[name], [n for n in shards if n in left]) for name, shards in plan.models.items()]
-    # A shard of rejected rows alone has no model: any will do.
-    rest = sorted(left - {n for _, shards in shares for n in shards})
-    shares += [(next(iter(config.models.values())), rest)]
-    return [Share(options, shards) for options, shards in shares if shards]
+    shares = {name: [n for n in shards if n in left] for name, shards in plan.models.items()}
+    rest = sorted(left - {n for shards in shares.values() for n in shards})
+    if rest:  # a shard of rejected rows alone has no model: one that is there anyhow will do
+        name = next((name for name, shards in shares.items() if shards), next(iter(config.models)))
+        shares[name] = [*shares.get(name, ()), *rest]
+    return [Share(config.models[name], shards) for name, shards in shares.items() if shards]
 
 
 def result(store: Store, config: JobConfig, plan: Plan, made: int, started: float) -> JobResult:

@@ -12,6 +12,7 @@ size         refused by the header beyond `max_pixels`, before anything is decod
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,7 +46,10 @@ def picture(data: bytes, field: str, rules: Pictures) -> Image.Image:
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        known = f"{type(error).__name__}: {error}".replace("<_io.BytesIO object at ", "<")[:300]
+        # Pillow names its stream by an address in memory, which is another one each time.
+        known = re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", f"{type(error).__name__}: {error}")[
+            :300
+        ]
         raise InvalidRequest(field, f"cannot be read as {', '.join(FORMATS)}: {known}") from None
     return made
 

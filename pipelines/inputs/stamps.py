@@ -70,7 +70,7 @@ class Stamps:
         self._map = map if local else ThreadPoolExecutor(ASKERS, thread_name_prefix="stamp").map
 
     def of(self, paths: Iterable[str]) -> dict[str, str | None]:
-        """The stamp of each path; None for what is no file that can be read.
+        """The stamp of each path; None for what is no file.
 
         Raises:
             JobError: the storage does not answer.
@@ -83,8 +83,6 @@ class Stamps:
     def _ask(self, path: str) -> str | None:
         try:
             info = self._fs.info(join(self._root, path))
-        except PermissionError:
-            return None
         except OSError as error:
             if is_absent(error):
                 return None

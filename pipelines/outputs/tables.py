@@ -93,7 +93,7 @@ def _as_carried(field: pa.Field) -> pa.Field:
     return pa.field(field.name, own, metadata={FEATURE: feature} if feature else None)
 
 
-def read_source_stamps(shard: bytes, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+def source_stamps(shard: bytes, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
     """Of every image in a plan shard that has stamps: its id, and its source files with their stamps by path."""
     table = pq.read_table(io.BytesIO(shard))
     rows = table.select([n for n in ("id", "source_stamps", *columns) if n in table.column_names]).to_pylist()

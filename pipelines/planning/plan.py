@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -25,10 +25,12 @@ from ..config import InvalidJob, JobConfig, ShardLimits
 from ..inputs.source import Source
 from ..inputs.stamps import Stamps
 from ..outputs.store import Store
-from ..outputs.tables import PlanShard
+from ..outputs.tables import PlanShard, source_stamps
 from .rows import PlannedImage, RowRules
 from .stamping import stamped
 from .survey import Survey
+
+T = TypeVar("T")
 
 PLANS = "_diffray/plans"
 WRITERS = 8
@@ -102,8 +104,30 @@ def record_plan(store: Store, plan: Plan) -> None:
 
 
 def read_shard(store: Store, shard: int) -> PlanShard:
-    """One shard of a finished plan."""
-    return PlanShard.from_parquet(store.read(shard_path(shard)))
+    """One shard of a finished plan.
+
+    Raises:
+        JobConflict: it is gone or damaged.
+    """
+    return _parsed(store, shard, PlanShard.from_parquet)
+
+
+def read_source_stamps(store: Store, shard: int, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Of every image of a shard that has stamps: its id, and its source files with their stamps by path.
+
+    Raises:
+        JobConflict: the shard is gone or damaged.
+    """
+    return _parsed(store, shard, lambda data: source_stamps(data, columns))
+
+
+def _parsed(store: Store, shard: int, parse: Callable[[bytes], T]) -> T:
+    path = shard_path(shard)
+    try:
+        return parse(store.read(path))
+    except (FileNotFoundError, pa.ArrowException, ValueError, KeyError) as error:
+        what = "is gone" if isinstance(error, FileNotFoundError) else f"is damaged: {error}"
+        raise JobConflict(f"{store.path(path)} {what}; without its plan the job cannot go on") from None
 
 
 def write_plan(store: Store, config: JobConfig, models: Mapping[str, ModelConfig], source: Source) -> Plan:

@@ -12,8 +12,7 @@ from ..inputs.stamps import Stamps, same
 from ..making.attempts import Attempts
 from ..outputs.commit import commit_path, read_commit
 from ..outputs.store import Store, side_by_side
-from ..outputs.tables import read_source_stamps
-from .plan import Plan, read_plans, shard_path
+from .plan import Plan, read_plans, read_source_stamps
 
 SHOWN = 5
 """Files that a message names."""
@@ -34,7 +33,7 @@ def check_sources(store: Store, config: JobConfig, plan: Plan, stamps: Stamps) -
     columns, exact = [*source_columns(config).values()], unmoved(store, stamps.folder)
 
     def changed(number: int) -> dict[str, str]:
-        planned = read_source_stamps(store.read(shard_path(number)), columns)
+        planned = read_source_stamps(store, number, columns)
         now = stamps.of(path for _, files in planned for path in files)
         differs = {
             (image, path): f"  {path}: {before} -> {now[path] or 'missing'}"

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffray.model.errors import JobConflict, JobError
@@ -38,7 +37,7 @@ from ..outputs.commit import (
 )
 from ..outputs.parts import PART
 from ..outputs.store import Store
-from ..planning.plan import Plan, read_plan, read_shard
+from ..planning.plan import Plan, read_plan, read_shard, shard_path
 from ..report import SUCCESS, is_finished
 
 READERS = 4
@@ -181,8 +180,8 @@ class _Shard:
         path = commit_path(self.number)
         try:
             planned = {image.id for image in read_shard(self._store, self.number).images}
-        except (FileNotFoundError, pa.ArrowException, ValueError, KeyError) as error:
-            self._fault(path, f"its shard of the plan cannot be read: {error}")
+        except JobConflict as error:  # what is committed is whole, and could not be made again
+            self.faults.append(Fault(None, shard_path(self.number), str(error).partition(" ")[2]))
             return
         if made & rejected or made | rejected != planned:
             odd = sorted((made & rejected) or (made | rejected) ^ planned)[:5]

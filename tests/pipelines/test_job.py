@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import AccountingError, JobConflict, JobError, TooManyRejected
-from diffray.pipelines import InvalidJob, JobConfig, Store, repair
-from diffray.pipelines.making.models import Models
+from diffray.pipelines import InvalidJob, JobConfig, ModelOptions, Store, repair
+from diffray.pipelines.making.models import Models, OpenModel
 from diffray.pipelines.making.worker import Share
 from diffray.pipelines.outputs import fingerprint
 from diffray.pipelines.outputs.commit import Output, Rejected, write_commit
 from diffray.pipelines.planning.plan import read_shard
 
+from . import fake
 from .conftest import Place, in_process, restarting
 from .crashes import Crash
 
@@ -330,3 +331,19 @@ def test_a_worker_with_other_software_refuses(place: Place, monkeypatch: pytest.
 
     with pytest.raises(JobConflict, match=r"other software than the job: torch 0\.0 here, \d"):
         place.run(place.config(place.write(TABLE)), generate=elsewhere)
+
+
+def test_a_shard_of_rejected_rows_loads_no_model_again(place: Place) -> None:
+    opened = []
+
+    class Watched(fake.FakeModels):
+        def open(self, options: ModelOptions) -> OpenModel:
+            opened.append(options.options["name"])
+            return super().open(options)
+
+    log = str(place.path / "log")
+    models = {name: {"options": {"log": log, "name": name}} for name in "ab"}
+    table = place.write("prompt,model,width\nx,a,\ny,b,\nz,a,bad\n")
+    result = place.run(place.config(table, model={}, models=models), models=Watched())
+    assert (result.images, result.rejected) == (2, 1)
+    assert opened == ["a", "b"]

@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffray.cli.app import app
-from diffray.model.errors import JobConflict, StorageError
+from diffray.model.errors import JobConflict, JobError, StorageError
 from diffray.model.weights.source import embedded, resolve
 from diffray.pipelines import InvalidJob, JobConfig, Store, job_status, verify
 from diffray.pipelines.outputs import lock
@@ -281,3 +281,16 @@ def test_a_source_picture_on_s3_is_known_by_its_etag(place: Place, s3: S3) -> No
     files.pipe(names["a"], pictures["other"])
     with pytest.raises(JobConflict, match=r"a\.bmp: 822 bytes, ETag \w+ -> 822 bytes, ETag \w+"):
         place.run(config)
+
+
+def test_credentials_that_expired_are_no_missing_pictures(place: Place, s3: S3) -> None:
+    url, files = s3.folder(), s3.filesystem()
+    Image.new("RGB", (16, 16)).save(data := io.BytesIO(), "BMP")
+    files.pipe(f"{url.removeprefix('s3://')}/a.bmp", data.getvalue())
+    with broken(s3) as (proxy, through):
+        table, storage = place.write("image,prompt\na.bmp,x\n"), {"s3": through.options()}
+        config = place.config(table, task="augment", pictures={"root": url}, storage=storage)
+        assert place.run(config).images == 1
+        proxy.fault = lambda number, method, path: "expired"
+        with pytest.raises(JobError, match=r"a\.bmp cannot be looked at"):
+            place.run(config)

@@ -226,6 +226,17 @@ def test_a_label_that_looks_like_a_path_is_no_source(place: Place) -> None:
     assert "mask_sha256" not in place.rows()[0]
 
 
+def test_the_reason_of_a_broken_picture_is_the_same_each_time(place: Place, table: str) -> None:
+    (place.path / "cats/b.bmp").write_bytes(b"no picture")
+    reasons = []
+    for name in ("one", "two"):
+        place.job(table, name, task="augment")
+        reasons += [row["reason"] for row in place.rows(name, "rejected")]
+    assert len(reasons) == 2
+    assert reasons[0] == reasons[1]
+    assert reasons[0].endswith("UnidentifiedImageError: cannot identify image file")
+
+
 def test_a_job_without_files_asks_for_none(place: Place) -> None:
     place.job(place.write("prompt\nx\n"))
     plan = read_plan(Store(str(place.path / "out")))

@@ -66,6 +66,24 @@ def test_latents_are_proven(place: Place) -> None:
     assert (found.images, found.faults) == (1, ())
 
 
+@pytest.mark.parametrize("damage", [None, b"PAR1 no more"])
+def test_a_lost_shard_of_the_plan_costs_no_image(place: Place, damage: bytes | None) -> None:
+    store = made(place)
+    path = place.path / "out" / shard_path(1)
+    path.unlink() if damage is None else path.write_bytes(damage)
+    before = place.bytes()
+    found = repair(store)
+    what = "is gone" if damage is None else "is damaged"
+    assert [(fault.shard, fault.path) for fault in found.faults] == [(None, shard_path(1))]
+    assert found.faults[0].what.startswith(what)
+    assert collect(store, 0).files == ()
+    assert place.bytes() == before
+    for record in ("commits/00001.json", "SUCCESS.json"):
+        (place.path / "out/_diffray" / record).unlink()
+    with pytest.raises(JobConflict, match=rf"shard-00001\.parquet {what}.*; without its plan"):
+        resume(place)
+
+
 def damages(out: Path, layout: str) -> list[Path]:
     """Every file that a commit record names."""
     records = sorted((out / "_diffray/commits").glob("*.json"))
