@@ -33,7 +33,11 @@ def stamped(images: Iterator[PlannedImage], config: JobConfig, stamps: Stamps) -
 
 
 def _files(values: Mapping[str, Any], columns: Collection[str]) -> dict[str, str]:
-    """Column to path of what is a file of its own; cells and members belong to files of the input."""
+    """Column to path of what is a file of its own; cells and members belong to files of the input.
+
+    A cell may name a file instead of holding its bytes (`{"bytes": null, "path": ...}`). Planning does not look into
+    cells, so only the digest in the finished row tells what such a file was.
+    """
     texts = {column: values.get(column) for column in columns}
     return {
         column: text
