@@ -172,6 +172,19 @@ def test_many_images_of_one_file_are_one_file(place: Place, table: str) -> None:
         place.run(config)
 
 
+def test_of_many_images_a_sample_is_looked_at(
+    place: Place, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffray.pipelines.planning.replaced.SAMPLE", 2)
+    config = place.config(table, task="augment", shards={"images": 1})
+    place.run(config)
+    replaced(place.path / "cats/b.bmp")
+    assert place.run(config).made == 0, "of three shards every second one"
+    replaced(place.path / "cats/c.bmp")
+    with pytest.raises(JobConflict, match=r"1 source files[^/]*cats/c\.bmp"):
+        place.run(config)
+
+
 def test_copies_elsewhere_are_compared_by_size(place: Place, table: str) -> None:
     config = place.config(table, task="augment", shards={"images": 1})
     with pytest.raises(KeyboardInterrupt):
