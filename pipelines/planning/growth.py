@@ -120,12 +120,14 @@ class _Known:
         """Refuse an input that lacks a planned image, or in which something else stands where it is made from."""
         gone, missing = self._hashes.missing()
         if gone:
-            lost = (image.id for image in self._images() if _hash(image.id) in missing)
-            shown = ", ".join(dict.fromkeys(islice(lost, 3)))
-            raise JobConflict(
-                f"{self._store.url}: the input lacks {gone} images that were planned, e.g. {shown}; "
-                f"choose a new output, or bring the rows back"
-            )
+            lost = {image.id: image for image in self._images() if _hash(image.id) in missing}
+            lines = [
+                f"  {image.id}, row {image.file}:{image.line}: {(image.prompt or '')[:100]!r}"
+                for image in islice(lost.values(), 3)
+            ]
+            what = f"the input lacks {gone} images that were planned"
+            remedy = "choose a new output, or bring these rows back as they were"
+            raise JobConflict("\n".join([f"{self._store.url}: {what}; {remedy}:", *lines]))
         for image in self._images() if self._changed else ():
             if odd := sorted({basename(file) for file in self._files(image)} & self._changed):
                 raise JobConflict(

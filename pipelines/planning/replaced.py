@@ -55,7 +55,7 @@ def check_sources(store: Store, config: JobConfig, plan: Plan, stamps: Stamps) -
         shown |= dict(list(found.items())[: max(0, SHOWN - len(shown))])
     if paths:
         what = f"{len(paths)} source files are not those that the job was planned with"
-        remedy = "choose a new output, or bring them back"
+        remedy = "choose a new output, or bring them back, with their dates where these are all that differs"
         if plan.retried:
             remedy += "; a retry that was interrupted goes on with `diffray retry-rejected`"
         raise JobConflict("\n".join([f"{store.url}: {what}; {remedy}:", *shown.values()]))
