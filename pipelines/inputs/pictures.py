@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from diffray.model.errors import InvalidRequest
 
 from ..config import Pictures
+from .frames import kept
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -61,8 +62,7 @@ def fitted(
 
     What is done to one is done to all, so that a mask stays where it was; masks are resized by nearest value.
     """
-    if rules.fit == "crop" and width and height:
-        pictures = {name: _cut(image, width / height) for name, image in pictures.items()}
+    pictures = {name: _cut(image, kept(image.size, rules, width, height)) for name, image in pictures.items()}
     if rules.max_side is None:
         return pictures
     most = rules.max_side
@@ -111,15 +111,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
 
 
-def _cut(image: Image.Image, shape: float) -> Image.Image:
-    width, height = image.size
-    if width / height > shape:
-        kept = max(round(height * shape), 1)
-        left = (width - kept) // 2
-        return image.crop((left, 0, left + kept, height))
-    kept = max(round(width / shape), 1)
-    top = (height - kept) // 2
-    return image.crop((0, top, width, top + kept))
+def _cut(image: Image.Image, part: tuple[int, int, int, int]) -> Image.Image:
+    left, top, width, height = part
+    if (width, height) == image.size:
+        return image
+    return image.crop((left, top, left + width, top + height))
 
 
 def _shrunk(image: Image.Image, most: int, *, exact: bool) -> Image.Image:

@@ -40,6 +40,14 @@ SOURCE_COLUMN = {"latents": "source_latents"}
 """Columns of references that are not named like their field, because the job's output has one of that name."""
 
 
+FRAME: Columns = {
+    "source_width": pa.int64(),
+    "source_height": pa.int64(),
+    "source_box": pa.list_(pa.float64()),
+}
+"""The size of the source picture, and where the whole of it lies in the image: left, top, right, bottom in pixels."""
+
+
 def digest_of(column: str) -> str:
     """The column with the SHA-256 of the sources that `column` refers to."""
     return f"{column}_sha256"
@@ -52,6 +60,7 @@ OWN_COLUMNS = frozenset(
         *PLAN,
         *MADE,
         *LATENTS,
+        *FRAME,
         *VERDICT,
         *REQUEST_COLUMNS,
         "image",

@@ -138,6 +138,10 @@ class Kind:
         values: dict[str, Any] = dict(pictures)
         return replace(request, **values)
 
+    def offset(self, request: ImageRequest, own: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+        """Where the source picture lies on what the image shows, from the left and the top."""
+        return _margins(request, own, size)[:2] if self.task == "outpaint" else (0, 0)
+
 
 LATENTS = {
     "latents_shape": pa.list_(pa.int64()),
@@ -175,16 +179,7 @@ def _continued(
     request: ImageRequest, own: Mapping[str, Any], source: Image.Image, model: ModelConfig
 ) -> ImageRequest:
     """The source on a larger canvas, its border pixels stretched outwards, and the mask of what is new."""
-    left, right = int(own.get("left") or 0), int(own.get("right") or 0)
-    top, bottom = int(own.get("top") or 0), int(own.get("bottom") or 0)
-    if not any((left, top, right, bottom)):
-        width, height = request.width or source.width, request.height or source.height
-        if width < source.width or height < source.height:
-            raise InvalidRequest(
-                "width", f"got {width}x{height}, the picture has {source.width}x{source.height}"
-            )
-        left, top = (width - source.width) // 2, (height - source.height) // 2
-        right, bottom = width - source.width - left, height - source.height - top
+    left, top, right, bottom = _margins(request, own, source.size)
     factor = model.vae.factor
     right += -(left + source.width + right) % factor
     bottom += -(top + source.height + bottom) % factor
@@ -199,6 +194,21 @@ def _continued(
     return replace(
         request, width=width, height=height, init_image=Image.fromarray(pixels), mask=Image.fromarray(mask)
     )
+
+
+def _margins(
+    request: ImageRequest, own: Mapping[str, Any], size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Pixels to add on the left, at the top, on the right and at the bottom."""
+    given = tuple(int(own.get(side) or 0) for side in SIDES)
+    if any(given):
+        left, top, right, bottom = given
+        return left, top, right, bottom
+    width, height = request.width or size[0], request.height or size[1]
+    if width < size[0] or height < size[1]:
+        raise InvalidRequest("width", f"got {width}x{height}, the picture has {size[0]}x{size[1]}")
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return left, top, width - size[0] - left, height - size[1] - top
 
 
 def _enlarged(
