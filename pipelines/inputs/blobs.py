@@ -144,13 +144,15 @@ class Blobs:
         for attempt in range(ATTEMPTS):
             try:
                 return read(fs, full)
+            except (BlobError, JobError):
+                raise
             except pa.ArrowException as error:
                 raise BlobError(f"{path}: {error}") from None
-            except OSError as error:
-                if is_absent(error):
+            except Exception as error:  # of any type: each storage's library has its own
+                if isinstance(error, OSError) and is_absent(error):
                     raise _changed(inside, f"{path}: no such file") from None
                 if attempt == ATTEMPTS - 1:
-                    raise JobError(f"{path} cannot be read: {error}") from error
+                    raise JobError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
 

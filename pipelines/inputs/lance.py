@@ -35,6 +35,7 @@ def open_lance(url: str, options: Mapping[str, Any], version: int | None = None)
     Raises:
         InvalidJob: the library is not installed, or has no such option.
         FileNotFoundError: there is no such dataset or version.
+        OSError: the storage does not answer.
     """
     try:
         import lance
@@ -45,8 +46,9 @@ def open_lance(url: str, options: Mapping[str, Any], version: int | None = None)
     own = _options(url, options) or None
     try:
         return lance.dataset(url, version=version, storage_options=own)
-    except ValueError as error:
-        raise FileNotFoundError(f"{url}: {error}") from None
+    except ValueError as error:  # Lance has no other type for either
+        kind = FileNotFoundError if "was not found" in str(error) else OSError
+        raise kind(f"{url}: {error}") from None
 
 
 def lance_url(fs: Any, path: str) -> str:
