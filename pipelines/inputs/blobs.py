@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import bisect
-import io
-import itertools
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from posixpath import dirname, join
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffray.model.errors import JobError
 from diffray.model.storage import open_storage
 
+from .cells import ArrowTable, ParquetTable, Table
 from .lance import ENDING as LANCE
-from .lance import LanceRows, lance_url
-from .references import INPUT, BlobError, Cell, Member, below, parsed_reference
+from .lance import LanceTable, lance_url
+from .references import INPUT, BlobError, Cell, Member, below, is_blob, parsed_reference
 from .stamps import is_absent, same, stamp
 
 T = TypeVar("T")
@@ -30,10 +27,8 @@ ATTEMPTS = 4
 """Reads of one object before the storage, not the row, is taken to be broken."""
 OPEN_TABLES = 8
 """Tables that one reader keeps open."""
-CURSORS = 8
-"""Places of one table that are read in turn: shards in flight, times columns."""
-WINDOW = 32
-"""Rows that are read at a time."""
+PLACES = 8
+"""Places of one column that are read in turn."""
 
 
 class Blobs:
@@ -59,7 +54,7 @@ class Blobs:
         self._roots[False] = open_storage(files, storage(files)) if files else self._roots[True]
         self._files = files or root
         self._limit, self._storage, self._planned = limit, storage, planned
-        self._tables: OrderedDict[tuple[bool, str], _Rows | _LanceTable] = OrderedDict()
+        self._tables: OrderedDict[tuple[bool, str], Table] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, text: str, planned: str | None = None, *, exact: bool = True) -> bytes | None:
@@ -108,19 +103,24 @@ class Blobs:
         table = self._table(reference.file, inside)
         if reference.row >= table.rows:
             raise _changed(inside, f"{reference}: the table has {table.rows} rows")
-        value = table.value(reference)
+        # Names that stand there twice have no index either.
+        if (index := table.schema.get_field_index(reference.column)) < 0:
+            raise BlobError(f"{reference}: no such column")
+        if not is_blob(kind := table.schema.field(index).type):
+            raise BlobError(f"{reference}: got {kind}, expected bytes")
+        value = self._patiently(
+            reference.file, inside, lambda *_: table.value(reference.row, reference.column)
+        )
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path")
             if data is None and path:
                 return self._file(join(dirname(reference.file), path), inside)
             value = data
-        if value is not None and not isinstance(value, bytes):
-            raise BlobError(f"{reference}: got {type(value).__name__}, expected bytes")
         if value is not None and len(value) > self._limit:
             raise BlobError(f"{reference}: got {len(value)} bytes, allowed are {self._limit}")
         return value
 
-    def _table(self, file: str, inside: bool) -> _Rows | _LanceTable:
+    def _table(self, file: str, inside: bool) -> Table:
         key = (inside, file)
         with self._lock:
             if key in self._tables:
@@ -131,11 +131,11 @@ class Blobs:
                 self._tables.popitem(last=False)
             return table
 
-    def _opened(self, inside: bool, fs: Any, path: str) -> _Rows | _LanceTable:
-        if not path.endswith(LANCE):
-            return _Rows(fs, path)
-        url = lance_url(fs, path)
-        return _LanceTable(LanceRows(url, self._storage(url), self._planned if inside else None))
+    def _opened(self, inside: bool, fs: Any, path: str) -> Table:
+        if path.endswith(LANCE):
+            url = lance_url(fs, path)
+            return LanceTable(url, self._storage(url), self._planned if inside else None)
+        return ParquetTable(fs, path, PLACES) if path.endswith(".parquet") else ArrowTable(fs, path)
 
     def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T]) -> T:
         """`read(filesystem, full path)`; what is missing is the row's fault, all else is tried again."""
@@ -157,109 +157,8 @@ class Blobs:
         raise AssertionError
 
 
-class _Rows:
-    """Random access to the rows of one table that is mostly read in order, by several readers at different places."""
-
-    def __init__(self, fs: Any, path: str) -> None:
-        self._lock = threading.Lock()
-        self._cursors: list[_Cursor] = []
-        self._parquet: pq.ParquetFile | None = None
-        if path.endswith(".parquet"):
-            # Buffered, because a row group may hold all of a large file's pictures.
-            self._parquet = pq.ParquetFile(fs.open(path, "rb"), buffer_size=1 << 20, pre_buffer=False)
-            groups = self._parquet.metadata
-            sizes = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
-        else:
-            local = getattr(fs, "local_file", False)
-            self._batches = arrow_batches(pa.memory_map(path) if local else io.BytesIO(fs.cat_file(path)))
-            sizes = [batch.num_rows for batch in self._batches]
-        self._starts = list(itertools.accumulate(sizes, initial=0))
-
-    @property
-    def rows(self) -> int:
-        """How many rows the table has."""
-        return self._starts[-1]
-
-    def value(self, reference: Cell) -> Any:
-        """The value of a cell as a Python object."""
-        part = bisect.bisect_right(self._starts, reference.row) - 1
-        offset = reference.row - self._starts[part]
-        try:
-            if self._parquet is None:
-                return self._batches[part].column(reference.column)[offset].as_py()
-            with self._lock:
-                return self._sought(self._parquet, part, reference.column, offset).as_py()
-        except (KeyError, IndexError, StopIteration, pa.ArrowException) as error:
-            raise BlobError(f"{reference}: {error or 'no such column'}") from None
-
-    def _sought(self, table: pq.ParquetFile, part: int, column: str, offset: int) -> Any:
-        """The value at a place of a row group, by the cursor that has it or is the last before it."""
-        here = [cursor for cursor in self._cursors if cursor.place == (part, column)]
-        for cursor in here:
-            if (found := cursor.found(offset)) is not None:
-                return found
-        before = [cursor for cursor in here if cursor.next <= offset]
-        if not before:
-            batches = table.iter_batches(batch_size=WINDOW, row_groups=[part], columns=[column])
-            cursor = _Cursor((part, column), batches)
-        else:
-            cursor = max(before, key=lambda own: own.next)
-            self._cursors.remove(cursor)
-        self._cursors = [*self._cursors[-CURSORS + 1 :], cursor]
-        while cursor.next <= offset:
-            cursor.advance()
-        return cursor.found(offset)
-
-
-class _LanceTable:
-    """The same of a Lance dataset, which has its own ways to a row."""
-
-    def __init__(self, dataset: LanceRows) -> None:
-        self._dataset, self.rows = dataset, dataset.rows
-
-    def value(self, reference: Cell) -> Any:
-        """The value of a cell as a Python object."""
-        try:
-            return self._dataset.value(reference.row, reference.column)
-        except (KeyError, pa.ArrowException) as error:
-            raise BlobError(f"{reference}: {error or 'no such column'}") from None
-
-
-class _Cursor:
-    """A reader of one column that goes forward through a row group, and remembers the last two windows."""
-
-    def __init__(self, place: tuple[int, str], batches: Iterator[pa.RecordBatch]) -> None:
-        self.place = place
-        self.next = 0
-        self._batches = batches
-        self._windows: deque[tuple[int, pa.Array]] = deque(maxlen=2)
-
-    def advance(self) -> None:
-        """Read the next window."""
-        values = next(self._batches).column(0)
-        self._windows.append((self.next, values))
-        self.next += len(values)
-
-    def found(self, offset: int) -> Any:
-        """The value at `offset`, if it is in a remembered window."""
-        for start, values in self._windows:
-            if start <= offset < start + len(values):
-                return values[offset - start]
-        return None
-
-
 def _changed(inside: bool, what: str) -> Exception:
     """What is not there as the plan found it is the job's trouble; what a row names by itself is the row's."""
     if inside:
         return JobError(f"the input changed since the job was planned: {what}")
     return BlobError(what)
-
-
-def arrow_batches(source: Any) -> list[pa.RecordBatch]:
-    """All batches of an Arrow stream (as `datasets` writes it) or file; memory mapped ones cost no memory."""
-    try:
-        return list(pa.ipc.open_stream(source))
-    except pa.ArrowInvalid:
-        source.seek(0)
-        file = pa.ipc.open_file(source)
-        return [file.get_batch(i) for i in range(file.num_record_batches)]

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from posixpath import basename
 from typing import Any
 
+import pyarrow as pa
+
 from ..config import InvalidJob
 
 ENDING = ".lance"
@@ -67,7 +69,7 @@ def lance_digest(dataset: Any) -> dict[str, Any]:
     }
 
 
-class LanceRows:
+class LanceTable:
     """Random access to the rows of a dataset.
 
     Args:
@@ -95,11 +97,12 @@ class LanceRows:
             self._dataset = next(found, None)
             if self._dataset is None:
                 raise FileNotFoundError(url)
-        self.rows = self._dataset.count_rows()
+        self.rows: int = self._dataset.count_rows()
+        self.schema: pa.Schema = self._dataset.schema
 
     def value(self, row: int, column: str) -> Any:
-        """The value of a cell as a Python object; KeyError where there is no such column."""
-        field = self._dataset.schema.field(column)
+        """The value of a cell as a Python object."""
+        field = self.schema.field(column)
         if (field.metadata or {}).get(_BLOB) == b"true":
             [blob] = self._dataset.take_blobs(column, indices=[row])
             return blob.readall()

@@ -11,13 +11,14 @@ import aiohttp
 import fsspec
 import lance
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.memory import MemoryFileSystem
 
 from diffray.model.errors import JobError
 from diffray.pipelines.inputs import blobs as blobs_module
-from diffray.pipelines.inputs.blobs import ATTEMPTS
+from diffray.pipelines.inputs.blobs import ATTEMPTS, Blobs
 from diffray.pipelines.inputs.lance import open_lance
 
 from ..conftest import Place, in_process
@@ -92,6 +93,70 @@ def test_an_outage_of_the_storage_costs_no_row(
     with pytest.raises(JobError, match=r"a\.png cannot be read: .*(endpoint|Unavailable|peer)"):
         place.run(config, generate=later)
     assert place.rows(folder="rejected") == []
+
+
+class Flaky:
+    """An open file of which one read fails, and those behind it as many as `times` says."""
+
+    def __init__(self, file: Any, error: Exception, at: int, times: int) -> None:
+        self._file, self._error, self._failing = file, error, range(at, at + times)
+        self.reads = 0
+
+    def read(self, *arguments: Any) -> Any:
+        self.reads += 1
+        if self.reads in self._failing:
+            raise self._error
+        return self._file.read(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@pytest.fixture
+def flaky_table(memory: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Blobs, Flaky]]:
+    """Blobs that read a table of one row group, the first read of whose rows fails, and the file that does it."""
+    count, data = 256, pa.BufferOutputStream()
+    values = [b"%d " % i * 5000 for i in range(count)]
+    plain = {"compression": "none", "use_dictionary": False, "data_page_size": 50_000}
+    pq.write_table(pa.table({"image": values}), data, row_group_size=count, **plain)
+    memory.pipe_file("/in/t.parquet", data.getvalue().to_pybytes())
+
+    def opened(error: Exception, times: int) -> tuple[Blobs, Flaky]:
+        with monkeypatch.context() as patched:
+            files: list[Flaky] = []
+            plain_open = MemoryFileSystem._open
+
+            def flaky(self: Any, path: str, *arguments: Any, **more: Any) -> Flaky:
+                files.append(Flaky(plain_open(self, path, *arguments, **more), error, 2, times))
+                return files[-1]
+
+            patched.setattr(MemoryFileSystem, "_open", flaky)
+            blobs = Blobs("memory://in", None, lambda url: {}, 10**6)
+            blobs._table("t.parquet", True)
+        assert files[0].reads < 2, "only the footer was read"
+        return blobs, files[0]
+
+    return opened
+
+
+@ERRORS
+def test_a_read_of_a_table_that_fails_is_made_again(flaky_table: Any, error: Exception) -> None:
+    blobs, file = flaky_table(error, 1)
+    for row in range(256):
+        data = blobs.read(f"input:t.parquet#row={row}&column=image")
+        assert data == b"%d " % row * 5000
+    assert file.reads > 2
+
+
+@ERRORS
+def test_a_table_that_cannot_be_read_stops_the_job_and_rows_get_none_of_it(
+    flaky_table: Any, error: Exception
+) -> None:
+    blobs, _ = flaky_table(error, ATTEMPTS + 1)
+    with pytest.raises(JobError, match=r"t\.parquet cannot be read: .*(endpoint|Unavailable|peer)"):
+        blobs.read("input:t.parquet#row=0&column=image")
+    for row in range(256):  # of which the first ones need the read that failed
+        assert blobs.read(f"input:t.parquet#row={row}&column=image") == b"%d " % row * 5000
 
 
 @pytest.mark.slow

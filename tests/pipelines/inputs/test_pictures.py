@@ -18,7 +18,7 @@ from PIL import Image, TiffImagePlugin
 
 from diffray.model.errors import InvalidRequest, JobError
 from diffray.pipelines.config import Pictures
-from diffray.pipelines.inputs import blobs as blobs_module
+from diffray.pipelines.inputs import cells
 from diffray.pipelines.inputs.blobs import Blobs
 from diffray.pipelines.inputs.pictures import fitted, picture
 from diffray.pipelines.inputs.references import BlobError, below
@@ -223,8 +223,8 @@ def test_a_root_may_be_elsewhere_and_absolute_paths_below_it_are_fine(place: Pla
     ("text", "message"),
     [
         ("t.parquet#row=9&column=image", "has 1 rows"),
-        ("input:t.parquet#row=0&column=other", "t.parquet#row=0&column=other"),
-        ("input:t.parquet#row=0&column=prompt", "got str"),
+        ("input:t.parquet#row=0&column=other", "t.parquet#row=0&column=other: no such column"),
+        ("input:t.parquet#row=0&column=prompt", "got string, expected bytes"),
         ("x.bin#offset=0&bytes=5000", "ends after 4"),
         ("input:x.bin#row=0&column=a", "x.bin"),
         ("input:../x.bin#offset=0&bytes=1", "leaves"),
@@ -277,13 +277,13 @@ def test_cells_are_found_in_any_order(place: Place, monkeypatch: pytest.MonkeyPa
     table = pa.table({"a": [b"a%d" % i for i in range(count)], "b": [b"b%d" % i for i in range(count)]})
     pq.write_table(table, place.path / "t.parquet", row_group_size=count)
     windows = []
-    advance = blobs_module._Cursor.advance
-    monkeypatch.setattr(blobs_module._Cursor, "advance", lambda self: (windows.append(1), advance(self)))
+    advance = cells._Cursor.advance
+    monkeypatch.setattr(cells._Cursor, "advance", lambda self: (windows.append(1), advance(self)))
     blobs = Blobs(str(place.path), None, lambda url: {}, 10**9)
     for row in (start + step for step in range(150) for start in (0, 450, 150, 300)):
         assert blobs.read(f"t.parquet#row={row}&column=a") == b"a%d" % row
         assert blobs.read(f"t.parquet#row={row}&column=b") == b"b%d" % row
-    once = -(-count // blobs_module.WINDOW) * 2
+    once = -(-count // cells.WINDOW) * 2
     assert len(windows) < 4 * once, "four readers in turn must not make each other start again"
     for row in (3, 2, 599, 64, 63, 31, 32, 0):
         assert blobs.read(f"t.parquet#row={row}&column=a") == b"a%d" % row

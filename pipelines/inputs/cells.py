@@ -1,0 +1,131 @@
+"""Cells of tables, read one at a time and mostly in order, at several places in turn.
+
+Every kind of table has `rows`, how many they are, `schema`, and `value(row, column)`, a cell as a Python object; Lance
+has its own (`lance.py`). A read that fails leaves nothing behind: it can be made again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import itertools
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+WINDOW = 32
+"""Rows that are read at a time."""
+
+
+class Table(Protocol):
+    """Random access to the rows of one table."""
+
+    rows: int
+    schema: pa.Schema
+
+    def value(self, row: int, column: str) -> Any:
+        """The value of a cell as a Python object."""
+
+
+class ParquetTable:
+    """One that is read by a cursor for each place; what they pass by is read too.
+
+    Args:
+        places: of one column, that are read in turn.
+    """
+
+    def __init__(self, fs: Any, path: str, places: int) -> None:
+        # Buffered, because a row group may hold all of a large file's pictures.
+        self._file = pq.ParquetFile(fs.open(path, "rb"), buffer_size=1 << 20, pre_buffer=False)
+        self.schema = self._file.schema_arrow
+        groups = self._file.metadata
+        self._starts = _starts(groups.row_group(i).num_rows for i in range(groups.num_row_groups))
+        self.rows = self._starts[-1]
+        self._places = places
+        self._cursors: defaultdict[str, list[_Cursor]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def value(self, row: int, column: str) -> Any:
+        """The value of a cell as a Python object."""
+        group = bisect.bisect_right(self._starts, row) - 1
+        with self._lock:
+            return self._sought(group, column, row - self._starts[group]).as_py()
+
+    def _sought(self, group: int, column: str, offset: int) -> Any:
+        """The value at a place of a row group, by the cursor that has it or is the last before it."""
+        cursors = self._cursors[column]
+        here = [cursor for cursor in cursors if cursor.group == group]
+        for cursor in here:
+            if (found := cursor.found(offset)) is not None:
+                return found
+        before = [cursor for cursor in here if cursor.next <= offset]
+        if before:
+            cursor = max(before, key=lambda own: own.next)
+            cursors.remove(cursor)
+        else:
+            batches = self._file.iter_batches(batch_size=WINDOW, row_groups=[group], columns=[column])
+            cursor = _Cursor(group, batches)
+        while cursor.next <= offset:
+            cursor.advance()
+        # Only now, since one that failed cannot go on.
+        cursors.append(cursor)
+        del cursors[: -self._places]
+        return cursor.found(offset)
+
+
+class ArrowTable:
+    """One whose batches are in memory, or mapped to it."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        local = getattr(fs, "local_file", False)
+        self._batches = arrow_batches(pa.memory_map(path) if local else io.BytesIO(fs.cat_file(path)))
+        self.schema = self._batches[0].schema if self._batches else pa.schema([])
+        self._starts = _starts(batch.num_rows for batch in self._batches)
+        self.rows = self._starts[-1]
+
+    def value(self, row: int, column: str) -> Any:
+        """The value of a cell as a Python object."""
+        part = bisect.bisect_right(self._starts, row) - 1
+        return self._batches[part].column(column)[row - self._starts[part]].as_py()
+
+
+class _Cursor:
+    """A reader of one column that goes forward through a row group, and remembers the last two windows."""
+
+    def __init__(self, group: int, batches: Iterator[pa.RecordBatch]) -> None:
+        self.group = group
+        self.next = 0
+        self._batches = batches
+        self._windows: deque[tuple[int, pa.Array]] = deque(maxlen=2)
+
+    def advance(self) -> None:
+        """Read the next window."""
+        values = next(self._batches).column(0)
+        self._windows.append((self.next, values))
+        self.next += len(values)
+
+    def found(self, offset: int) -> Any:
+        """The value at `offset`, if it is in a remembered window."""
+        for start, values in self._windows:
+            if start <= offset < start + len(values):
+                return values[offset - start]
+        return None
+
+
+def arrow_batches(source: Any) -> list[pa.RecordBatch]:
+    """All batches of an Arrow stream (as `datasets` writes it) or file; memory mapped ones cost no memory."""
+    try:
+        return list(pa.ipc.open_stream(source))
+    except pa.ArrowInvalid:
+        source.seek(0)
+        file = pa.ipc.open_file(source)
+        return [file.get_batch(i) for i in range(file.num_record_batches)]
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    """The row that each part begins with, and how many they are in all."""
+    return list(itertools.accumulate(sizes, initial=0))
