@@ -82,22 +82,31 @@ class Blobs:
         if size > self._limit:
             raise BlobError(f"{reference}: got {size} bytes, allowed are {self._limit}")
         data = self._patiently(
-            reference.file, inside, lambda fs, path: fs.cat_file(path, start=start, end=start + size)
+            reference.file,
+            inside,
+            lambda fs, path: fs.cat_file(path, start=start, end=start + size),
+            planned=inside,
         )
         if len(data) != size:
             raise _changed(inside, f"{reference}: the file ends after {len(data)} of {size} bytes")
         return bytes(data)
 
     def _file(self, path: str, inside: bool, planned: str | None = None, exact: bool = True) -> bytes:
-        def read(fs: Any, full: str) -> bytes:
-            info = fs.info(full)
+        def look(fs: Any, full: str) -> Mapping[str, Any]:
+            info: Mapping[str, Any] = fs.info(full)
             if planned and not same(planned, now := stamp(info), exact=exact):
                 raise _changed(True, f"{path}: {planned} -> {now}")
-            if (info.get("size") or 0) > self._limit:
-                raise BlobError(f"{path}: got {info['size']} bytes, allowed are {self._limit}")
-            return bytes(fs.cat_file(full))
+            return info
 
-        return self._patiently(path, inside, read)
+        def read(fs: Any, full: str) -> bytes:
+            if (size := look(fs, full).get("size") or 0) > self._limit:
+                raise BlobError(f"{path}: got {size} bytes, allowed are {self._limit}")
+            data = bytes(fs.cat_file(full))
+            if planned:
+                look(fs, full)  # it may have been written since the first look
+            return data
+
+        return self._patiently(path, inside, read, planned=planned is not None)
 
     def _cell(self, reference: Cell, inside: bool) -> bytes | None:
         table = self._table(reference.file, inside)
@@ -108,9 +117,8 @@ class Blobs:
             raise BlobError(f"{reference}: no such column")
         if not is_blob(kind := table.schema.field(index).type):
             raise BlobError(f"{reference}: got {kind}, expected bytes")
-        value = self._patiently(
-            reference.file, inside, lambda *_: table.value(reference.row, reference.column)
-        )
+        row, column = reference.row, reference.column
+        value = self._patiently(reference.file, inside, lambda *_: table.value(row, column), planned=inside)
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path")
             if data is None and path:
@@ -126,7 +134,9 @@ class Blobs:
             if key in self._tables:
                 self._tables.move_to_end(key)
                 return self._tables[key]
-            table = self._tables[key] = self._patiently(file, inside, partial(self._opened, inside))
+            table = self._tables[key] = self._patiently(
+                file, inside, partial(self._opened, inside), planned=inside
+            )
             if len(self._tables) > OPEN_TABLES:
                 self._tables.popitem(last=False)
             return table
@@ -137,8 +147,9 @@ class Blobs:
             return LanceTable(url, self._storage(url), self._planned if inside else None)
         return ParquetTable(fs, path, PLACES) if path.endswith(".parquet") else ArrowTable(fs, path)
 
-    def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T]) -> T:
-        """`read(filesystem, full path)`; what is missing is the row's fault, all else is tried again."""
+    def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T], *, planned: bool) -> T:
+        """`read(filesystem, full path)`; what is missing is the row's fault unless the plan has seen it, all else is
+        tried again."""
         fs, root = self._roots[inside]
         full = join(root, below(root if inside else self._files, path))
         for attempt in range(ATTEMPTS):
@@ -150,15 +161,15 @@ class Blobs:
                 raise BlobError(f"{path}: {error}") from None
             except Exception as error:  # of any type: each storage's library has its own
                 if isinstance(error, OSError) and is_absent(error):
-                    raise _changed(inside, f"{path}: no such file") from None
+                    raise _changed(planned, f"{path}: no such file") from None
                 if attempt == ATTEMPTS - 1:
                     raise JobError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
 
 
-def _changed(inside: bool, what: str) -> Exception:
+def _changed(planned: bool, what: str) -> Exception:
     """What is not there as the plan found it is the job's trouble; what a row names by itself is the row's."""
-    if inside:
+    if planned:
         return JobError(f"the input changed since the job was planned: {what}")
     return BlobError(what)

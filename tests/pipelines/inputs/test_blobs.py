@@ -14,17 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import EndpointConnectionError
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from diffray.model.errors import JobError
 from diffray.pipelines.inputs import blobs as blobs_module
 from diffray.pipelines.inputs.blobs import ATTEMPTS, Blobs
 from diffray.pipelines.inputs.lance import open_lance
+from diffray.pipelines.inputs.stamps import Stamps
 
 from ..conftest import Place, in_process
 from .test_source import png
 
-RED = png("red")
+RED, BLUE = png("red"), png("blue")
 DEAD = "http://127.0.0.1:9"
 
 
@@ -93,6 +95,61 @@ def test_an_outage_of_the_storage_costs_no_row(
     with pytest.raises(JobError, match=r"a\.png cannot be read: .*(endpoint|Unavailable|peer)"):
         place.run(config, generate=later)
     assert place.rows(folder="rejected") == []
+
+
+def test_a_planned_file_that_vanishes_stops_the_job_and_one_that_never_was_costs_its_row(
+    place: Place, memory: Any
+) -> None:
+    memory.pipe_file("/pics/a.png", RED)
+    table = place.write("prompt,image\nx,a.png\ny,never.png\n")
+    config = place.config(table, task="augment", pictures={"root": "memory://pics"})
+
+    def later(*arguments: Any) -> Any:
+        memory.rm("/pics/a.png")
+        return in_process(*arguments)
+
+    with pytest.raises(JobError, match=r"the input changed since the job was planned: a\.png: no such file"):
+        place.run(config, generate=later)
+    assert place.rows(folder="rejected") == []
+    memory.pipe_file("/pics/b.png", RED)
+    result = place.job(
+        place.write("prompt,image\nx,b.png\ny,never.png\n"),
+        "other",
+        task="augment",
+        pictures={"root": "memory://pics"},
+    )
+    assert (result.images, result.rejected) == (1, 1)
+    [row] = place.rows("other", "rejected")
+    assert row["reason"] == "never.png: no such file"
+
+
+def test_a_file_that_the_path_of_a_struct_names_in_vain_costs_its_row(place: Place) -> None:
+    pictures = [{"bytes": None, "path": "never.png"}, {"bytes": RED, "path": None}]
+    pq.write_table(pa.table({"prompt": ["x", "y"], "image": pictures}), place.path / "t.parquet")
+    result = place.job(str(place.path / "t.parquet"), task="augment")
+    assert (result.images, result.rejected) == (1, 1)
+    [row] = place.rows(folder="rejected")
+    assert row["reason"] == "never.png: no such file"
+
+
+def test_a_file_that_is_replaced_between_the_look_at_it_and_the_read_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(RED)
+    planned = Stamps(str(tmp_path), lambda url: {}).of(["a.png"])["a.png"]
+    blobs = Blobs(str(tmp_path), None, lambda url: {}, 10**6)
+    assert blobs.read("a.png", planned) == RED
+    read = LocalFileSystem.cat_file
+
+    def cat_file(self: Any, name: str, *arguments: Any, **more: Any) -> Any:
+        path.write_bytes(BLUE)
+        return read(self, name, *arguments, **more)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    with pytest.raises(JobError, match=r"the input changed since the job was planned: a\.png: "):
+        blobs.read("a.png", planned)
+    assert blobs.read("a.png") == BLUE  # which nobody has planned
 
 
 class Flaky:
