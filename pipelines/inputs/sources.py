@@ -17,10 +17,11 @@ from diffray.model.errors import InvalidRequest
 from diffray.model.request import ImageRequest
 
 from ..config import JobConfig
-from ..outputs.schemas import SOURCE_COLUMN
+from ..outputs.schemas import SOURCE_COLUMN, digest_of
 from ..planning.rows import PlannedImage
 from ..planning.tasks import KINDS
 from .blobs import Blobs
+from .frames import Frame, kept
 from .pictures import fitted, picture
 from .references import BlobError, Reference, StructReference
 from .source import input_root
@@ -41,6 +42,13 @@ class Ready:
     """What `decode` starts from, [C, h, w]."""
     digests: Mapping[str, str] = field(default_factory=dict)
     """Column of the plan to the SHA-256 of the source that it refers to."""
+    frame: Frame | None = None
+    """Where the source picture lies in the image."""
+
+    def columns(self, width: int, height: int) -> dict[str, Any]:
+        """What the row of an image of this size says about its sources."""
+        own: dict[str, Any] = {digest_of(column): digest for column, digest in self.digests.items()}
+        return own | (self.frame.columns(width, height) if self.frame else {})
 
 
 def source_columns(config: JobConfig) -> dict[str, str]:
@@ -104,12 +112,19 @@ class Sources:
             height, width = (side * self._model.vae.factor for side in latents.shape[1:])
             return Ready(found, replace(request, width=width, height=height), latents, digests)
         rules = self._config.pictures
-        pictures = {name: picture(blob, name, rules) for name, blob in data.items()}
-        pictures = fitted(pictures, rules, request.width, request.height)
+        upright = {name: picture(blob, name, rules) for name, blob in data.items()}
+        pictures = fitted(upright, rules, request.width, request.height)
         if "init_image" not in pictures and request.strength is not None:
             request = replace(request, strength=None)  # the cell that could have held a picture is empty
-        request = self._kind.request(request, image.user, pictures, self._model)
-        return Ready(found, request, digests=digests)
+        whole = self._kind.request(request, image.user, pictures, self._model)
+        if whole.init_image is None:
+            return Ready(found, whole, digests=digests)
+        size, fit = upright["init_image"].size, pictures["init_image"].size
+        part = kept(size, rules, request.width, request.height)
+        offset = self._kind.offset(request, image.user, fit)
+        return Ready(
+            found, whole, digests=digests, frame=Frame.of(size, part, fit, offset, whole.init_image.size)
+        )
 
     def _bytes(self, field: str, text: str, stamp: str | None = None) -> bytes | None:
         if self._blobs is None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from diffray.model.config import VAEConfig
 from diffray.model.encoding import encode_image
 from diffray.model.errors import GenerationError, InvalidRequest, JobError
 from diffray.model.request import ImageRequest
@@ -42,7 +43,7 @@ class Maker:
 
     Args:
         name: of the model, as the files say it.
-        scale: of the model's latents.
+        vae: the model's autoencoder.
         sample: of whose images a thumbnail is made.
         tally: told which stage images are in.
         texts: encodes the prompts, if not the engine itself.
@@ -58,12 +59,12 @@ class Maker:
         tally: Tally,
         *,
         name: str,
-        scale: float,
+        vae: VAEConfig,
         texts: Texts | None = None,
     ) -> None:
         self._config, self._model, self._sources = config, model, sources
         self._examiner, self._sample, self._tally = examiner, sample, tally
-        self._name, self._scale, self._texts = name, scale, texts
+        self._name, self._vae, self._texts = name, vae, texts
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._askers = ThreadPoolExecutor(ASKERS, thread_name_prefix="text")
@@ -185,9 +186,8 @@ class Maker:
         )
         small = thumbnail(picture) if image.id in self._sample else None
         spent |= {"check": checked - began, "encode": time.monotonic() - checked}
-        return Made(
-            image, request, data, hashlib.sha256(data).hexdigest(), scores, small, sources=ready.digests
-        )
+        sources = ready.columns(*picture.size)
+        return Made(image, request, data, hashlib.sha256(data).hexdigest(), scores, small, sources=sources)
 
     def _latents(self, ready: Ready, result: Result) -> Made:
         """Latents as bytes, with what is needed to read them."""
@@ -199,13 +199,15 @@ class Maker:
         data = array.tobytes()
         source = request.init_image
         small = thumbnail(source) if source is not None and image.id in self._sample else None
+        height, width = (side * self._vae.factor for side in array.shape[1:])
+        sources = ready.columns(width, height)
         facts = {
             "latents": data,
             "latents_shape": list(array.shape),
             "latents_dtype": dtype,
-            "latents_scale": self._scale,
+            "latents_scale": self._vae.scale,
         }
-        return Made(image, request, data, hashlib.sha256(data).hexdigest(), {}, small, facts, ready.digests)
+        return Made(image, request, data, hashlib.sha256(data).hexdigest(), {}, small, facts, sources)
 
 
 def _plain(image: PlannedImage) -> Ready:

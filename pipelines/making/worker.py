@@ -135,7 +135,7 @@ class Worker:
             sample,
             self.tally,
             name=self._output.model,
-            scale=kind.vae.scale,
+            vae=kind.vae,
             texts=texts,
         )
         self._origin = Origin(

@@ -31,7 +31,7 @@ from diffray.model.request import ImageRequest
 from ..inputs.values import as_text
 from ..planning.rows import PlannedImage
 from .index import index_part, index_path
-from .schemas import digest_of
+from .schemas import FRAME, digest_of
 from .tables import data_row, data_schema, parquet, rejected_row, rejected_schema
 
 MAX_REASON = 2000
@@ -56,8 +56,8 @@ class Made:
     thumbnail: bytes | None = None
     latents: Mapping[str, Any] | None = None
     """Columns that hold latents in place of a picture."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Column to the SHA-256 of the source that it refers to."""
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    """Columns about what it was made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +205,16 @@ def _row(one: Made, output: Output, user: pa.Schema, image: Mapping[str, Any]) -
     facts = {"sha256": one.sha256, "model": output.model, "model_checksum": output.model_checksum}
     names = score_names(output.scores, user)
     scores = {names[name]: value for name, value in one.scores.items()}
-    sources = {digest_of(column): digest for column, digest in one.sources.items()}
-    return data_row(one.image, one.request, {**image, **facts, **sources, **scores})
+    return data_row(one.image, one.request, {**image, **facts, **one.sources, **scores})
 
 
 def _schema(user: pa.Schema, output: Output, *, files: bool, latents: bool = False) -> pa.Schema:
     names = score_names(output.scores, user)
     scores = [pa.field(names[name], kind) for name, kind in output.scores.items()]
-    sources = [pa.field(digest_of(column), pa.string()) for column in output.sources if column in user.names]
+    given = [column for column in output.sources if column in user.names]
+    sources = [pa.field(digest_of(column), pa.string()) for column in given]
+    if "init_image" in given:
+        sources += [pa.field(name, kind) for name, kind in FRAME.items()]
     return data_schema(user, files=files, latents=latents, more=[*sources, *scores])
 
 
