@@ -25,10 +25,8 @@ T = TypeVar("T")
 
 ATTEMPTS = 4
 """Reads of one object before the storage, not the row, is taken to be broken."""
-OPEN_TABLES = 8
-"""Tables that one reader keeps open."""
-PLACES = 8
-"""Places of one column that are read in turn."""
+SPARE = 4
+"""Places that are kept beyond those that are read in turn: readers run a little ahead of each other."""
 
 
 class Blobs:
@@ -40,6 +38,8 @@ class Blobs:
         storage: fsspec options by URL, as `JobConfig.storage_options` gives them.
         limit: bytes of one value, at most.
         planned: fingerprint of the input that was planned; None where there is no plan.
+        exact: whether more than the size in a file's stamp counts.
+        places: of a table that are read in turn, such as shards in flight.
     """
 
     def __init__(
@@ -49,21 +49,24 @@ class Blobs:
         storage: Callable[[str], Mapping[str, Any]],
         limit: int,
         planned: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        exact: bool = True,
+        places: int = 4,
     ) -> None:
         self._roots = {True: open_storage(root, storage(root))}
         self._roots[False] = open_storage(files, storage(files)) if files else self._roots[True]
         self._files = files or root
-        self._limit, self._storage, self._planned = limit, storage, planned
+        self._limit, self._storage, self._planned, self._exact = limit, storage, planned, exact
+        self._places = places + SPARE
         self._tables: OrderedDict[tuple[bool, str], Table] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, text: str, planned: str | None = None, *, exact: bool = True) -> bytes | None:
+    def read(self, text: str, planned: str | None = None) -> bytes | None:
         """The bytes that a reference leads to; None when it is a cell that holds nothing.
 
         Args:
             text: the reference.
             planned: the stamp of the file that it names, when the job was planned.
-            exact: whether more than the size in the stamp counts.
 
         Raises:
             BlobError: there is no such thing, it is outside the folder, or it is too large.
@@ -75,7 +78,7 @@ class Blobs:
             return self._cell(reference, inside)
         if isinstance(reference, Member):
             return self._member(reference, inside)
-        return self._file(reference, inside, planned, exact)
+        return self._file(reference, inside, planned)
 
     def _member(self, reference: Member, inside: bool) -> bytes:
         start, size = reference.offset, reference.bytes
@@ -91,10 +94,10 @@ class Blobs:
             raise _changed(inside, f"{reference}: the file ends after {len(data)} of {size} bytes")
         return bytes(data)
 
-    def _file(self, path: str, inside: bool, planned: str | None = None, exact: bool = True) -> bytes:
+    def _file(self, path: str, inside: bool, planned: str | None = None) -> bytes:
         def look(fs: Any, full: str) -> Mapping[str, Any]:
             info: Mapping[str, Any] = fs.info(full)
-            if planned and not same(planned, now := stamp(info), exact=exact):
+            if planned and not same(planned, now := stamp(info), exact=self._exact):
                 raise _changed(True, f"{path}: {planned} -> {now}")
             return info
 
@@ -137,7 +140,7 @@ class Blobs:
             table = self._tables[key] = self._patiently(
                 file, inside, partial(self._opened, inside), planned=inside
             )
-            if len(self._tables) > OPEN_TABLES:
+            if len(self._tables) > self._places:
                 self._tables.popitem(last=False)
             return table
 
@@ -145,7 +148,7 @@ class Blobs:
         if path.endswith(LANCE):
             url = lance_url(fs, path)
             return LanceTable(url, self._storage(url), self._planned if inside else None)
-        return ParquetTable(fs, path, PLACES) if path.endswith(".parquet") else ArrowTable(fs, path)
+        return ParquetTable(fs, path, self._places) if path.endswith(".parquet") else ArrowTable(fs, path)
 
     def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T], *, planned: bool) -> T:
         """`read(filesystem, full path)`; what is missing is the row's fault unless the plan has seen it, all else is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ import numpy.lib.format as npy
 import numpy.typing as npt
 
 from diffray.model.config import ModelConfig
-from diffray.model.errors import InvalidRequest
+from diffray.model.errors import InvalidRequest, JobError
 from diffray.model.request import ImageRequest
 
 from ..config import JobConfig
@@ -78,7 +79,7 @@ class Sources:
         self._kind = KINDS[config.task]
         self._columns = source_columns(config)
         self._blobs: Blobs | None = None
-        self._exact = True
+        self._lock = threading.Lock()
 
     def needed(self, image: PlannedImage) -> bool:
         """Whether anything is to be read for an image."""
@@ -127,16 +128,30 @@ class Sources:
         )
 
     def _bytes(self, field: str, text: str, stamp: str | None = None) -> bytes | None:
-        if self._blobs is None:
-            config = self._config
-            root = input_root(config.inputs, config.storage_options)
-            rules = config.pictures
-            self._blobs = Blobs(root, rules.root, config.storage_options, rules.max_bytes, self._planned)
-            self._exact = all(folder == (rules.root or root) for folder in self._folders)
         try:
-            return self._blobs.read(text, stamp, exact=self._exact)
+            return self._opened().read(text, stamp)
         except BlobError as error:
             raise InvalidRequest(field, str(error)) from None
+
+    def _opened(self) -> Blobs:
+        """What is read from, once something is to be read."""
+        with self._lock:
+            if self._blobs is None:
+                config, rules = self._config, self._config.pictures
+                try:
+                    root = input_root(config.inputs, config.storage_options)
+                    self._blobs = Blobs(
+                        root,
+                        rules.root,
+                        config.storage_options,
+                        rules.max_bytes,
+                        self._planned,
+                        exact=all(folder == (rules.root or root) for folder in self._folders),
+                        places=config.workers.shards_in_flight,
+                    )
+                except Exception as error:  # of any type: each storage's library has its own
+                    raise JobError(f"input {', '.join(config.inputs)}: {error}") from error
+            return self._blobs
 
     def _carried(self, column: str, reference: Reference) -> Any:
         data = self._bytes(column, reference)

@@ -289,6 +289,27 @@ def test_cells_are_found_in_any_order(place: Place, monkeypatch: pytest.MonkeyPa
         assert blobs.read(f"t.parquet#row={row}&column=a") == b"a%d" % row
 
 
+@pytest.mark.parametrize(("places", "columns"), [(4, 3), (16, 2)])
+def test_no_place_loses_its_cursor_to_another(
+    place: Place, monkeypatch: pytest.MonkeyPatch, places: int, columns: int
+) -> None:
+    """As many shards in flight, of rows with so many pictures, whose places are all in one row group."""
+    count, names = 2048, "abc"[:columns]
+    cells_of = {name: [f"{name}{i}".encode() for i in range(count)] for name in names}
+    pq.write_table(pa.table(cells_of), place.path / "t.parquet", row_group_size=count)
+    windows = []
+    advance = cells._Cursor.advance
+    monkeypatch.setattr(cells._Cursor, "advance", lambda self: (windows.append(1), advance(self)))
+    blobs = Blobs(str(place.path), None, lambda url: {}, 10**9, places=places)
+    size = count // places
+    for step in range(size):
+        for row in range(step, count, size):
+            for name in names:
+                assert blobs.read(f"t.parquet#row={row}&column={name}") == cells_of[name][row]
+    # Each place is reached from the beginning of the row group, and once it is, no row is read again.
+    assert len(windows) == columns * sum(size * (shard + 1) // cells.WINDOW for shard in range(places))
+
+
 def test_below_accepts_what_lies_below() -> None:
     assert below("s3://bucket/root", "s3://bucket/root/a/b.png") == "a/b.png"
     assert below("/data", "a/./b.png") == "a/b.png"
