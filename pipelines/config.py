@@ -329,7 +329,10 @@ def _absolute(url: str) -> str:
 
 
 def storage_options(storage: Mapping[str, Mapping[str, Any]], url: str) -> dict[str, Any]:
-    """The options of `url` in a mapping by protocol or URL prefix; the longest prefix wins alone."""
+    """The options of `url` in a mapping by protocol or URL prefix; the longest prefix wins alone.
+
+    A prefix that ends with a slash is also that of the folder itself.
+    """
     protocol = url.partition("://")[0] if "://" in url else "file"
-    matching = [key for key in storage if key == protocol or ("://" in key and url.startswith(key))]
+    matching = [key for key in storage if key == protocol or ("://" in key and f"{url}/".startswith(key))]
     return dict(storage[max(matching, key=len)]) if matching else {}

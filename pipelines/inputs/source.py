@@ -78,7 +78,7 @@ class Source:
     """The input of one job.
 
     Args:
-        inputs: files, folders, globs or URLs, all on one storage.
+        inputs: files, folders, globs or URLs, all on one storage and with the same options.
         storage: fsspec options of a URL, as `JobConfig.storage_options` gives them.
         limit: only so many rows.
 
@@ -87,7 +87,7 @@ class Source:
         root: absolute path or URL of the folder that all of it is in; `SourceRow.file` is relative to it.
 
     Raises:
-        InvalidJob: there is no such file, or one has an unknown ending.
+        InvalidJob: there is no such file, one has an unknown ending, or they are on different storages.
     """
 
     def __init__(
@@ -112,6 +112,12 @@ class Source:
         self.files = tuple(path for one in found for path in one.files)
         self._root = commonpath([one.root for one in found])
         self.root = self._root if "://" not in urls[0] else str(self._fs.unstrip_protocol(self._root))
+        for url in urls:  # workers read all of it by the options of the root
+            if storage(url) != storage(self.root):
+                raise InvalidJob(
+                    f"input {url}: its storage options are not those of {self.root}, the folder of all inputs; "
+                    "give the options to that folder or to its protocol"
+                )
         self.features: dict[str, dict[str, Any]] = {}
         """What a Hugging Face dataset says about its columns, filled by `schema`."""
         self.stamps: dict[str, str] = {}

@@ -78,6 +78,8 @@ def test_the_options_of_the_longest_prefix_count() -> None:
     )
     assert config.storage_options("s3://private/x") == {"a": 1}
     assert config.storage_options("s3://public/x") == {"anon": True}
+    assert config.storage_options("s3://public") == {"anon": True}
+    assert config.storage_options("s3://publicity/x") == {"a": 1}
     assert config.storage_options("/local") == {}
 
 

@@ -6,13 +6,15 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from diffray.pipelines import InvalidJob
@@ -226,6 +228,40 @@ def test_many_inputs_are_one_and_the_root_is_found_without_listing(place: Place)
     assert source.root == str(place.path) == input_root(inputs, lambda url: {})
     for one in (str(place.path / "x"), str(place.path / "x/a.csv"), str(place.path / "x/*.csv")):
         assert Source(one).root == input_root([one], lambda url: {}), one
+
+
+class Shelves(MemoryFileSystem):
+    """A storage whose contents depend on its options."""
+
+    protocol = "shelves"
+    cachable = False
+    shelves: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, shelf: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.store = self.shelves.setdefault(shelf, {})
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("shelves://").rstrip("/")
+
+
+def test_inputs_are_read_with_their_own_storage_options(place: Place) -> None:
+    fsspec.register_implementation("shelves", Shelves, clobber=True)
+    files = {"x/t.csv": b"image,prompt\na.png,one\n", "x/a.png": png("red"), "y/t.csv": b"prompt\nof B\n"}
+    for name, content in files.items():
+        Shelves("A").pipe_file(name, content)
+        Shelves("B").pipe_file(name, b"prompt\nof the other shelf\n")
+    config = place.config(
+        "shelves://x/t.csv",
+        task="augment",
+        storage={"shelves://x/": {"shelf": "A"}, "shelves": {"shelf": "B"}},
+    )
+    for urls in (["shelves://x/t.csv", "shelves://y/t.csv"], ["shelves://y/t.csv", "shelves://x/t.csv"]):
+        with pytest.raises(InvalidJob, match="its storage options are not those of"):
+            Source(urls, config.storage_options)
+    assert place.run(config).images == 1, "the folder of the input has the options too"
+    assert colours(place) == {"one": "r"}
 
 
 def test_the_fingerprint_sees_every_change(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
