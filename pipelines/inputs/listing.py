@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import basename, dirname, join, splitext
 from typing import Any
@@ -18,6 +18,8 @@ from .lance import ENDING as LANCE
 class Found:
     """What one input stands for: files to read one by one, or the pictures of a folder, which are rows themselves."""
 
+    input: str
+    """As it was given."""
     root: str
     files: Sequence[str]
     pictures: bool = False
@@ -28,6 +30,14 @@ class Found:
         """Whether files that appear in this folder may be read too."""
         below = folder.startswith(f"{self.root.rstrip('/')}/")
         return self.deep and below and any(_visible(self.root, [folder]))
+
+    def listed(self, fs: Any) -> Mapping[str, Mapping[str, Any]]:
+        """What a listing of no more than the input says about its files now; of a single file it would say nothing."""
+        if wildcard(self.input) >= 0:
+            found: dict[str, dict[str, Any]] = fs.glob(self.input, detail=True)
+        else:
+            found = fs.find(self.root, detail=True) if self.deep else {}
+        return found
 
 
 def wildcard(path: str) -> int:
@@ -43,18 +53,18 @@ def expanded(fs: Any, path: str) -> Found:
     """
     if (wild := wildcard(path)) >= 0:
         root = dirname(path[:wild] + "x")
-        return Found(root, *_chosen(_visible(root, fs.glob(path))), deep="/" in path[wild:])
+        return Found(path, root, *_chosen(_visible(root, fs.glob(path))), deep="/" in path[wild:])
     if ending(path) == LANCE:
-        return Found(dirname(path), [path] if fs.isdir(path) else [])
+        return Found(path, dirname(path), [path] if fs.isdir(path) else [])
     if not fs.isdir(path):
         if not fs.exists(path):
-            return Found(dirname(path), [])
+            return Found(path, dirname(path), [])
         if not is_picture(path):
             check_ending(path)
-        return Found(dirname(path), *_chosen([path]))
+        return Found(path, dirname(path), *_chosen([path]))
     if saved := _saved_to_disk(fs, path):
-        return Found(path, saved)
-    return Found(path, *_chosen(_visible(path, fs.find(path))), deep=True)
+        return Found(path, path, saved)
+    return Found(path, path, *_chosen(_visible(path, fs.find(path))), deep=True)
 
 
 def _chosen(paths: Iterable[str]) -> tuple[list[str], bool]:

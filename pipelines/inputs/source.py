@@ -37,7 +37,7 @@ from .lance import ENDING as LANCE
 from .lance import lance_digest, lance_url, open_lance
 from .listing import Found, expanded, wildcard
 from .readers import SourceRow, checked
-from .stamps import stamp
+from .stamps import Stamps, listed_stamp
 
 CHUNK = 1 << 20
 SAMPLED_ABOVE = 64
@@ -131,7 +131,14 @@ class Source:
             yield checked(self._name(found.root), line, values)
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Name, size and SHA-256 of every table, and of the list of a folder's pictures with their stamps."""
+        """Name, size and SHA-256 of every table, and of the list of a folder's pictures with their stamps.
+
+        The files are those that were found at first, looked at again.
+
+        Raises:
+            InvalidJob: one of them is gone.
+            JobError: the storage does not answer.
+        """
         return [
             digest
             for one in self._found
@@ -172,23 +179,31 @@ class Source:
         """Of the whole file, or of chunks spread over a large one; beginning and end are always among them."""
         if ending(path) == LANCE:
             return lance_digest(self._lance(path))
-        digest, size = hashlib.sha256(), int(self._fs.size(path) or 0)
-        with self._fs.open(path, "rb") as file:
-            if size <= SAMPLED_ABOVE * CHUNK or ending(path) not in WHOLE:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-            else:
-                for i in range(SAMPLED_ABOVE):
-                    file.seek((size - CHUNK) * i // (SAMPLED_ABOVE - 1))
-                    digest.update(file.read(CHUNK))
+        digest = hashlib.sha256()
+        try:
+            size = int(self._fs.size(path) or 0)
+            with self._fs.open(path, "rb") as file:
+                if size <= SAMPLED_ABOVE * CHUNK or ending(path) not in WHOLE:
+                    while chunk := file.read(CHUNK):
+                        digest.update(chunk)
+                else:
+                    for i in range(SAMPLED_ABOVE):
+                        file.seek((size - CHUNK) * i // (SAMPLED_ABOVE - 1))
+                        digest.update(file.read(CHUNK))
+        except FileNotFoundError:
+            raise _gone(path) from None
         return {"name": basename(path), "bytes": size, "sha256": digest.hexdigest()}
 
     def _listing(self, found: Found) -> dict[str, Any]:
         digest = hashlib.sha256()
         self._fs.invalidate_cache()  # some storages answer from what they listed before
-        infos = self._fs.find(found.root, detail=True)  # one listing instead of a question per file
+        infos = found.listed(self._fs)  # one listing instead of a question per file
+        told = {self._name(path): listed_stamp(infos[path]) for path in found.files if path in infos}
+        now = Stamps(self.root, self._storage, told).of(map(self._name, found.files))
         for path in found.files:
-            name, known = self._name(path), stamp(infos[path])
+            name = self._name(path)
+            if (known := now[name]) is None:
+                raise _gone(path)
             self.stamps[name] = known
             digest.update(f"{name}\0{known}\n".encode("utf-8", "surrogateescape"))
         return {"name": basename(found.root), "files": len(found.files), "sha256": digest.hexdigest()}
@@ -204,3 +219,9 @@ def input_root(inputs: Sequence[str], storage: Callable[[str], Mapping[str, Any]
         roots.append(dirname(path[:wild] + "x") if wild >= 0 else path if folder else dirname(path))
     common = commonpath(roots)
     return common if "://" not in inputs[0] else str(fs.unstrip_protocol(common))
+
+
+def _gone(path: str) -> InvalidJob:
+    return InvalidJob(
+        f"input {path} is gone: the input changed while it was read; run again when it is complete"
+    )

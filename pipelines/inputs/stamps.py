@@ -36,6 +36,12 @@ def stamp(info: Mapping[str, Any]) -> str:
     return size
 
 
+def listed_stamp(info: Mapping[str, Any]) -> str | None:
+    """The stamp of a file as far as a listing says it; None if that is too little, and the file has to be asked."""
+    known = stamp(info)
+    return known if info.get("size") is not None and "," in known else None
+
+
 def same(planned: str, now: str, *, exact: bool) -> bool:
     """Whether two stamps are of the same file; only sizes count unless `exact`."""
     return planned == now or (not exact and planned.split(",")[0] == now.split(",")[0])
@@ -53,14 +59,14 @@ class Stamps:
     Args:
         folder: path or URL.
         storage: fsspec options by URL, as `JobConfig.storage_options` gives them.
-        known: stamps by path below `folder`, where a listing has told them.
+        known: stamps by path below `folder`, as far as a listing has told them.
     """
 
     def __init__(
         self,
         folder: str,
         storage: Callable[[str], Mapping[str, Any]],
-        known: Mapping[str, str] | None = None,
+        known: Mapping[str, str | None] | None = None,
     ) -> None:
         self.folder = folder
         self._fs, self._root = open_storage(folder, storage(folder))

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
@@ -281,6 +282,44 @@ def test_the_fingerprint_sees_every_change(place: Place, monkeypatch: pytest.Mon
     seen.append(prints())
     assert seen[0][0] != seen[1][0] == seen[2][0]
     assert seen[0][1] == seen[1][1] != seen[2][1]
+
+
+@pytest.mark.parametrize("name", ["1.png", "*.png", "[12].png"])
+def test_fingerprints_of_pictures_list_no_more_than_the_input(
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    listed, ls = [], LocalFileSystem.ls
+
+    def recorded(self: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        listed.append(str(path))
+        return ls(self, path, *arguments, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", recorded)
+    for file in ("1.png", "2.png", "runs/3.png"):
+        place.write(png("red"), file)
+    source = Source(str(place.path / name))
+    seen = [source.fingerprint()]
+    place.write(png("lime"), "4.png")
+    seen.append(source.fingerprint())
+    place.write(png("blue") + b"more", "1.png")
+    seen.append(source.fingerprint())
+    assert [path for path in listed if "runs" in path] == []
+    assert seen[0] == seen[1], "the files are those of the start"
+    assert seen[1] != seen[2], "but they are looked at again"
+    assert source.stamps.keys() == ({"1.png"} if name == "1.png" else {"1.png", "2.png"})
+
+
+@pytest.mark.parametrize("what", ["", "/*.png", "/a.png", "/a.csv"])
+def test_an_input_that_is_gone_again_is_named(place: Place, what: str) -> None:
+    path = place.path / ("in/a.csv" if what == "/a.csv" else "in/a.png")
+    for other in (path, place.path / "in/b.png"):
+        other.parent.mkdir(exist_ok=True)
+        other.write_bytes(png("red"))
+    source = Source(f"{path.parent}{what}" if what else [str(path.parent), str(place.path / "in/b.png")])
+    source.fingerprint()
+    path.unlink()
+    with pytest.raises(InvalidJob, match=f"input {path} is gone: the input changed while it was read"):
+        source.fingerprint()
 
 
 @pytest.mark.slow
