@@ -181,7 +181,7 @@ class JobConfig(Strict):
     task: Task = "generate"
     """What is made of every row."""
     input: str | list[str]
-    """Tables, tars, image folders, datasets of `save_to_disk`: files, folders, globs or URLs."""
+    """Tables, tars, image folders, datasets of `save_to_disk`: files, folders, globs or URLs, though not `http(s)`."""
     output: str
     """Folder or URL of the dataset; the same job run again goes on there."""
     model: ModelOptions = ModelOptions()
@@ -214,6 +214,7 @@ class JobConfig(Strict):
     workers: Workers = Workers()
     storage: dict[str, dict[str, Any]] = Field(default={}, exclude=True, repr=False)
     """fsspec options by protocol ("s3") or URL prefix ("s3://public/"), for input, output and model alike.
+    Several inputs need the same ones.
 
     May hold secrets, so no dump, record or message shows it.
     """

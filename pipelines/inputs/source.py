@@ -15,12 +15,14 @@ are passed by. Three kinds of folders are more than that: one that `datasets` sa
 their order; one with pictures and tables named `metadata` is these tables (the imagefolder convention), whose
 `file_name` leads to the pictures; one with pictures and no table is one row per picture, with its sub-folder's
 name as `label` and the text file of the same name, if there is one, as `prompt`. `.gz`, `.bz2`, `.xz` and `.zst`
-are unpacked, except around tables of bytes and tars.
+are unpacked, except around tables of bytes and tars. All of it is on disk or on a storage with files that can be
+listed and looked at, so not behind `http://` or `https://`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from posixpath import basename, commonpath, dirname, relpath, splitext
@@ -42,6 +44,8 @@ from .stamps import Stamps, listed_stamp
 CHUNK = 1 << 20
 SAMPLED_ABOVE = 64
 """Chunks of a file beyond which its digest is that of so many chunks spread over it."""
+
+_HTTP = re.compile(r"(^|::)https?://")
 
 
 class Source:
@@ -69,6 +73,11 @@ class Source:
         urls = [inputs] if isinstance(inputs, str) else list(inputs)
         found, self._limit, self._storage = [], limit, storage
         for url in urls:
+            if _HTTP.search(url):
+                raise InvalidJob(
+                    f"input {url}: not read over http, which cannot tell a missing file from a server in trouble; "
+                    "download it first"
+                )
             try:
                 self._fs, path = open_storage(url, storage(url))
                 found.append(expanded(self._fs, path))

@@ -19,7 +19,7 @@ from diffray.model.storage import open_storage
 ASKERS = 32
 """Questions at a time: an object store takes a while for each."""
 _TAGS = ("md5Hash", "ETag", "etag", "blob_id")
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+_TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 """Where the filesystems of fsspec say which version of a file it is, and when it was written."""
 _NO_SUCH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
@@ -31,7 +31,7 @@ def stamp(info: Mapping[str, Any]) -> str:
         if info.get(name):
             return f"{size}, ETag {str(info[name]).removeprefix('W/').strip(chr(34))}"
     for name in _TIMES:
-        if info.get(name):
+        if info.get(name) is not None:  # 0 is a time too
             return f"{size}, of {_time(info[name])}"
     return size
 

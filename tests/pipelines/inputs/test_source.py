@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -204,6 +205,14 @@ def test_inputs_that_are_none_are_refused(
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(InvalidJob, match=message):
         list(Source(str(path)).rows())
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/t.csv", "https://h/*.png", "simplecache::https://h/t.csv"]
+)
+def test_inputs_over_http_are_refused_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(InvalidJob, match=f"{re.escape(url)}: not read over http.*download it first"):
+        Source(url)
 
 
 def test_arrow_files_with_text_that_is_no_utf8_lose_that_row_only(place: Place) -> None:
