@@ -33,6 +33,7 @@ import pyarrow as pa
 from diffray.model.storage import open_storage
 
 from ..config import InvalidJob
+from ..outputs.store import side_by_side
 from .columnar import features, read_lance, stated_schema
 from .formats import COLUMNAR, READERS, WHOLE, ending
 from .lance import ENDING as LANCE
@@ -131,13 +132,24 @@ class Source:
     def _pictures(self, found: Found) -> Iterator[SourceRow]:
         texts = {splitext(path)[0]: path for path in found.files if path.endswith(".txt")}
         pictures = [path for path in found.files if not path.endswith(".txt")]
-        for line, path in enumerate(pictures, start=1):
+        own = (texts.get(splitext(path)[0]) for path in pictures)
+        # Other storages take a while for each.
+        several = map if not texts or getattr(self._fs, "local_file", False) else side_by_side
+        for line, (path, text) in enumerate(zip(pictures, several(self._text, own), strict=True), start=1):
             values: dict[str, Any] = {"file_name": self._name(path)}
             if folder := relpath(dirname(path), found.root).removeprefix("."):
                 values["label"] = basename(folder)
-            if text := texts.get(splitext(path)[0]):
-                values["prompt"] = self._fs.cat_file(text).decode("utf-8", "surrogateescape").strip()
+            if text is not None:
+                values["prompt"] = text
             yield checked(self._name(found.root), line, values)
+
+    def _text(self, path: str | None) -> str | None:
+        if path is None:
+            return None
+        try:
+            return str(self._fs.cat_file(path).decode("utf-8", "surrogateescape")).strip()
+        except OSError as error:
+            raise InvalidJob(f"input {path}: {error}") from None
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Name, size and SHA-256 of every table, and of the list of a folder's pictures with their stamps.

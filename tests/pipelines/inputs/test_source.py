@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -151,6 +152,30 @@ def test_picture_folders_with_and_without_metadata(place: Place) -> None:
     assert [(row["prompt"], row["kind"]) for row in place.rows("metadata")] == [("one", "7")]
     place.job(f"{folder}/*/*.png", "glob", task="augment", templates={"prompt": "x"})
     assert len(place.rows("glob")) == 1
+
+
+def test_texts_of_pictures_are_read_many_at_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, cat_file = fsspec.filesystem("memory"), MemoryFileSystem.cat_file
+    names = [f"{i:03d}" for i in range(40)]
+    for name in names:
+        memory.pipe_file(f"/texts/{name}.png", png("red"))
+        if name != "007":
+            memory.pipe_file(f"/texts/{name}.txt", f"text {name}\n".encode())
+    together = threading.Barrier(4, timeout=10)  # breaks if they come one after the other
+
+    def slow(self: Any, path: str, *arguments: Any, **options: Any) -> bytes:
+        if path[-7:-4] in names[:4]:
+            together.wait()
+        return cat_file(self, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", slow)
+    source = Source("memory://texts")
+    assert [(row.line, row.values["file_name"], row.values.get("prompt")) for row in source.rows()] == [
+        (i + 1, f"{name}.png", None if name == "007" else f"text {name}") for i, name in enumerate(names)
+    ]
+    memory.rm_file("/texts/030.txt")
+    with pytest.raises(InvalidJob, match=r"/texts/030\.txt"):
+        list(source.rows())
 
 
 def test_webdataset_tars(place: Place) -> None:
