@@ -53,7 +53,8 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo | 
     """Every member with its sample's key; None where a tar that began well breaks off."""
     key = None
     try:
-        for member in archive:
+        while member := archive.next():
+            archive.members.clear()  # type: ignore[attr-defined]  # or it would remember every one
             if not member.isdir():
                 key = _key(member.name)
                 yield key, member

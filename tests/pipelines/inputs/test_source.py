@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -212,6 +213,20 @@ def test_a_cut_off_tar_costs_the_sample_that_is_cut_off(place: Place) -> None:
     rows = list(Source(path).rows())
     assert [row.problem is None for row in rows] == [True, False]
     assert "cut off" in str(rows[1].problem)
+
+
+def test_reading_a_tar_takes_no_more_memory_when_it_is_longer(place: Place) -> None:
+    def peak(samples: int) -> int:
+        path = tar(place.path / f"{samples}.tar", {f"{i}.txt": f"text {i}" for i in range(samples)})
+        tracemalloc.start()
+        try:
+            assert sum(row.values["txt"] == f"text {row.line - 1}" for row in Source(path).rows()) == samples
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # what is loaded once
+    assert peak(3000) < peak(300) + 100_000
 
 
 @pytest.mark.parametrize(
