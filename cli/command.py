@@ -12,9 +12,7 @@ from .fields import pairs
 from .options import OPTIONS, JobOption
 from .storage import Anonymous, Endpoint, Profile, Storage, storage_from
 
-INPUT_HELP = (
-    "Tables, tars, picture folders or saved datasets: files, folders, globs or URLs, though not http(s)."
-)
+INPUT_HELP = "Tables, tars, picture folders or saved datasets: files, folders, globs or URLs."
 STORAGE = {"endpoint": Endpoint, "profile": Profile, "anonymous": Anonymous, "storage": Storage}
 Job = Annotated[
     list[str] | None,

@@ -181,7 +181,8 @@ class JobConfig(Strict):
     task: Task = "generate"
     """What is made of every row."""
     input: str | list[str]
-    """Tables, tars, image folders, datasets of `save_to_disk`: files, folders, globs or URLs, though not `http(s)`."""
+    """Tables, tars, image folders, datasets of `save_to_disk`: files, folders, globs or URLs. Tables
+    may be behind `http(s)`, the pictures that they name may not."""
     output: str
     """Folder or URL of the dataset; the same job run again goes on there."""
     model: ModelOptions = ModelOptions()

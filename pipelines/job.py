@@ -98,9 +98,9 @@ def run(
         plan = read_plan(store)
         if plan is None:
             record(store, mine)
-            plan = write_plan(store, config, kinds, source)
+            plan = write_plan(store, config, kinds, source, files)
         elif plan.input != files:
-            plan = grow(store, config, kinds, source, plan)
+            plan = grow(store, config, kinds, source, files, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
     return result(store, config, plan, made, started)
 

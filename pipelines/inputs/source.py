@@ -15,14 +15,12 @@ are passed by. Three kinds of folders are more than that: one that `datasets` sa
 their order; one with pictures and tables named `metadata` is these tables (the imagefolder convention), whose
 `file_name` leads to the pictures; one with pictures and no table is one row per picture, with its sub-folder's
 name as `label` and the text file of the same name, if there is one, as `prompt`. `.gz`, `.bz2`, `.xz` and `.zst`
-are unpacked, except around tables of bytes and tars. All of it is on disk or on a storage with files that can be
-listed and looked at, so not behind `http://` or `https://`.
+are unpacked, except around tables of bytes and tars. Tables may be behind `http://`, pictures may not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from posixpath import basename, commonpath, dirname, relpath, splitext
@@ -40,13 +38,12 @@ from .lance import ENDING as LANCE
 from .lance import lance_digest, lance_url, open_lance
 from .listing import Found, expanded, wildcard
 from .readers import SourceRow, checked
-from .stamps import Stamps, listed_stamp
+from .stamps import Stamps, listed_stamp, refuse_http
 
-CHUNK = 1 << 20
-SAMPLED_ABOVE = 64
-"""Chunks of a file beyond which its digest is that of so many chunks spread over it."""
-
-_HTTP = re.compile(r"(^|::)https?://")
+CHUNK = 1 << 18
+WHOLE_BELOW = 1 << 26
+SAMPLES = 16
+"""A file of `WHOLE_BELOW` bytes or more is digested by so many chunks, the first and the last ones among them."""
 
 
 class Source:
@@ -74,11 +71,6 @@ class Source:
         urls = [inputs] if isinstance(inputs, str) else list(inputs)
         found, self._limit, self._storage = [], limit, storage
         for url in urls:
-            if _HTTP.search(url):
-                raise InvalidJob(
-                    f"input {url}: not read over http, which cannot tell a missing file from a server in trouble; "
-                    "download it first"
-                )
             try:
                 self._fs, path = open_storage(url, storage(url))
                 found.append(expanded(self._fs, path))
@@ -86,11 +78,13 @@ class Source:
                 raise InvalidJob(f"input {url}: {error}") from None
             if not found[-1].files:
                 raise InvalidJob(f"input {url}: no such file, or a folder without input files")
+            if found[-1].pictures:
+                refuse_http(url)
         if len({url.partition("://")[0] if "://" in url else "file" for url in urls}) != 1:
             raise InvalidJob(f"input: expected one or more places on the same storage, got {urls}")
         self._found = found
         self.files = tuple(path for one in found for path in one.files)
-        self._root = commonpath([one.root for one in found])
+        self._root = _common([one.root for one in found])
         self.root = self._root if "://" not in urls[0] else str(self._fs.unstrip_protocol(self._root))
         for url in urls:  # workers read all of it by the options of the root
             if storage(url) != storage(self.root):
@@ -203,14 +197,15 @@ class Source:
         digest = hashlib.sha256()
         try:
             size = int(self._fs.size(path) or 0)
-            with self._fs.open(path, "rb") as file:
-                if size <= SAMPLED_ABOVE * CHUNK or ending(path) not in WHOLE:
+            if size < WHOLE_BELOW or ending(path) not in WHOLE:
+                with self._fs.open(path, "rb") as file:
                     while chunk := file.read(CHUNK):
                         digest.update(chunk)
-                else:
-                    for i in range(SAMPLED_ABOVE):
-                        file.seek((size - CHUNK) * i // (SAMPLED_ABOVE - 1))
-                        digest.update(file.read(CHUNK))
+            else:  # no open file: reading ahead, it would fetch ten times as much
+                starts = [(size - CHUNK) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+                ends = [start + CHUNK for start in starts]
+                for chunk in self._fs.cat_ranges([path] * SAMPLES, starts, ends, on_error="raise"):
+                    digest.update(chunk)
         except FileNotFoundError:
             raise _gone(path) from None
         return {"name": basename(path), "bytes": size, "sha256": digest.hexdigest()}
@@ -238,8 +233,14 @@ def input_root(inputs: Sequence[str], storage: Callable[[str], Mapping[str, Any]
         wild = wildcard(path)
         folder = fs.isdir(path) and ending(path) != LANCE
         roots.append(dirname(path[:wild] + "x") if wild >= 0 else path if folder else dirname(path))
-    common = commonpath(roots)
+    common = _common(roots)
     return common if "://" not in inputs[0] else str(fs.unstrip_protocol(common))
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The folder that all of these are in; fsspec's paths of http are URLs."""
+    scheme, mark, _ = paths[0].rpartition("://")
+    return scheme + mark + commonpath([path.removeprefix(scheme + mark) for path in paths])
 
 
 def _gone(path: str) -> InvalidJob:

@@ -7,6 +7,7 @@ else `4821 bytes, of 2026-11-28T21:19:36.123456+00:00`. A file that was only tou
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -16,11 +17,14 @@ from typing import Any
 from diffray.model.errors import JobError
 from diffray.model.storage import open_storage
 
+from ..config import InvalidJob
+
 ASKERS = 32
 """Questions at a time: an object store takes a while for each."""
 _TAGS = ("md5Hash", "ETag", "etag", "blob_id")
 _TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 """Where the filesystems of fsspec say which version of a file it is, and when it was written."""
+_HTTP = re.compile(r"(^|::)https?://")
 _NO_SUCH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -53,6 +57,16 @@ def is_absent(error: OSError) -> bool:
     return isinstance(error, missing) or error.errno in _NO_SUCH
 
 
+def refuse_http(url: str) -> None:
+    """Refuse to read pictures one by one over http, where a missing one and a server in trouble look the same.
+
+    Raises:
+        InvalidJob: it is such a URL.
+    """
+    if _HTTP.search(url):
+        raise InvalidJob(f"pictures below {url}: not read over http, download them first")
+
+
 class Stamps:
     """The stamps of files below one folder.
 
@@ -79,9 +93,12 @@ class Stamps:
         """The stamp of each path; None for what is no file.
 
         Raises:
-            JobError: the storage does not answer.
+            InvalidJob: the folder's storage cannot be asked.
+            JobError: it does not answer.
         """
         paths = list(dict.fromkeys(paths))
+        if paths:
+            refuse_http(self.folder)
         found: dict[str, str | None] = {path: self._known.get(path) for path in paths}
         asked = [path for path in paths if found[path] is None]
         return found | dict(zip(asked, self._map(self._ask, asked), strict=True))
@@ -89,8 +106,8 @@ class Stamps:
     def _ask(self, path: str) -> str | None:
         try:
             info = self._fs.info(join(self._root, path))
-        except OSError as error:
-            if is_absent(error):
+        except Exception as error:  # not all storages have errors of the system's type
+            if isinstance(error, OSError) and is_absent(error):
                 return None
             raise JobError(f"{path} cannot be looked at: {error}") from error
         return None if info.get("type") == "directory" else stamp(info)

@@ -35,16 +35,20 @@ BATCH = 1000
 
 
 def grow(
-    store: Store, config: JobConfig, models: Mapping[str, ModelConfig], source: Source, plan: Plan
+    store: Store,
+    config: JobConfig,
+    models: Mapping[str, ModelConfig],
+    source: Source,
+    files: Sequence[Mapping[str, Any]],
+    plan: Plan,
 ) -> Plan:
-    """Plan what is new in the input; returns the plan that covers all of it.
+    """Plan what is new in the input, whose fingerprint was `files`; returns the plan that covers all of it.
 
     Raises:
         JobConflict: a planned image is gone from the input or would be another one now; names it.
         InvalidJob: the input as a whole is unusable, or it changed while it was read.
         TooManyRejected: the larger plan alone rejects more than the job allows; nothing is recorded.
     """
-    files = source.fingerprint()
     survey, images = planned(config, models, source)
     user = read_shard(store, 0).user if plan.shards else survey.user.schema
     if survey.user.schema != user:

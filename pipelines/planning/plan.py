@@ -130,15 +130,20 @@ def _parsed(store: Store, shard: int, parse: Callable[[bytes], T]) -> T:
         raise JobConflict(f"{store.path(path)} {what}; without its plan the job cannot go on") from None
 
 
-def write_plan(store: Store, config: JobConfig, models: Mapping[str, ModelConfig], source: Source) -> Plan:
-    """Survey the input and write the whole plan.
+def write_plan(
+    store: Store,
+    config: JobConfig,
+    models: Mapping[str, ModelConfig],
+    source: Source,
+    files: Sequence[Mapping[str, Any]],
+) -> Plan:
+    """Survey the input, whose fingerprint was `files`, and write the whole plan.
 
     Raises:
         InvalidJob: the input as a whole is unusable (no prompt column, duplicate ids, ...), or it changed
             while it was read.
         TooManyRejected: the plan alone rejects more than the job allows; nothing is recorded.
     """
-    files = source.fingerprint()
     survey, images = planned(config, models, source)
     images = stamped(images, config, stamps_of(config, source))
     wrote = write_shards(store, images, survey.user.schema, config.shards)

@@ -8,6 +8,9 @@ import re
 import tarfile
 import threading
 import tracemalloc
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -247,12 +250,31 @@ def test_inputs_that_are_none_are_refused(
         list(Source(str(path)).rows())
 
 
-@pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9/t.csv", "https://h/*.png", "simplecache::https://h/t.csv"]
-)
-def test_inputs_over_http_are_refused_before_anything_is_asked(url: str) -> None:
-    with pytest.raises(InvalidJob, match=f"{re.escape(url)}: not read over http.*download it first"):
-        Source(url)
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """The URL of a server of the files in `tmp_path`."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    handler = partial(Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_table_over_http_is_read_and_the_pictures_it_names_are_refused(place: Place, web: str) -> None:
+    place.write("prompt,label\nx,1\ny,2\n", "in/t.csv")
+    assert place.job(f"{web}/in/t.csv").images == 2
+    assert place.job(f"{web}/in/t.csv").made == 0
+    assert [row["label"] for row in place.rows()] == ["1", "2"]
+    place.write("prompt,image\nx,a.bmp\n", "in/p.csv")
+    with pytest.raises(InvalidJob, match=f"{re.escape(web)}/in: not read over http, download them first"):
+        place.job(f"{web}/in/p.csv", "other", task="augment")
+    place.write("prompt,image\nx,a.bmp\n", "local.csv")
+    with pytest.raises(InvalidJob, match=r"pictures below http.*: not read over http"):
+        place.job(str(place.path / "local.csv"), "third", task="augment", pictures={"root": f"{web}/in"})
 
 
 def test_arrow_files_with_text_that_is_no_utf8_lose_that_row_only(place: Place) -> None:
@@ -392,3 +414,28 @@ def test_every_kind_of_input_is_read_from_object_storage(
         )
         assert (result.images, result.rejected) == expected.get(name, (1, 0)), name
         assert colours(place, name.strip("/*.png")) == {"one": "r"}, name
+
+
+@pytest.mark.parametrize("place_of_change", [0, 5_000, -1])
+def test_of_a_large_file_chunks_are_digested_and_little_more_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, place_of_change: int
+) -> None:
+    monkeypatch.setattr("diffray.pipelines.inputs.source.WHOLE_BELOW", 10_000)
+    monkeypatch.setattr("diffray.pipelines.inputs.source.CHUNK", 100)
+    monkeypatch.setattr("diffray.pipelines.inputs.source.SAMPLES", 3)
+    fetched: list[int] = []
+    cat = MemoryFileSystem.cat_file
+
+    def counted(self: Any, path: str, start: Any = None, end: Any = None, **more: Any) -> bytes:
+        data = cat(self, path, start, end, **more)
+        fetched.append(len(data))
+        return data
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    fs, data = fsspec.filesystem("memory"), bytearray(10_100)
+    fs.pipe_file("/large/a.tar", bytes(data))
+    before = Source("memory://large/a.tar").fingerprint()
+    assert fetched == [100, 100, 100]
+    data[place_of_change] ^= 1
+    fs.pipe_file("/large/a.tar", bytes(data))
+    assert Source("memory://large/a.tar").fingerprint() != before
