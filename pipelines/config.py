@@ -205,7 +205,7 @@ class JobConfig(Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Mixed with each image's id where its row gives no seed."""
     limit: int | None = Field(default=None, ge=1)
-    """Only the first rows of the input."""
+    """Only the first rows of the input; a job goes on when it is raised."""
     max_rejected: float | None = Field(default=None, ge=0, le=1)
     """The share of rejected images above which the job ends as failed, although all is committed and reported; if the
     plan alone rejects more, no engine starts. None fails only a job of which every image is rejected, 1 none."""
@@ -224,7 +224,8 @@ class JobConfig(Strict):
     contact_sheet: int = Field(default=24, ge=0, le=400)
     """Images on `contact_sheet.png`; 0 leaves it out."""
     gallery: int = Field(default=400, ge=0, le=5000)
-    """About this many images, evenly drawn, are shown in `gallery.html`; 0 leaves it out."""
+    """About this many images, evenly drawn, are shown in `gallery.html`; 0 leaves it out. When it is raised later,
+    what was made before shows as many as were asked for then."""
     license: str = Field(default="unknown", pattern=r"^[A-Za-z0-9.+_-]+$")
     """License of the dataset by its Hugging Face name, for the dataset card."""
 

@@ -24,7 +24,7 @@ from .making.pools import Pulse
 from .making.worker import Share
 from .metrics import JobMeter
 from .outputs.commit import committed, read_commits, totals
-from .outputs.fingerprint import check, fingerprint, record, refuse_foreign
+from .outputs.fingerprint import check, fingerprint, is_shown, record, record_pages, refuse_foreign
 from .outputs.lock import Lock
 from .outputs.store import Store
 from .planning.growth import grow
@@ -92,7 +92,7 @@ def run(
     if plan := read_plan(store):
         check(store, mine)
         check_sources(store, config, plan, stamps_of(config, source))
-        if plan.input == files and is_finished(store, plan):
+        if plan.input == files and is_finished(store, plan) and is_shown(store, mine):
             return result(store, config, plan, 0, started)
     with Lock.acquire(store, take_over=take_over) as lock:
         plan = read_plan(store)
@@ -102,6 +102,7 @@ def run(
         elif plan.input != files:
             plan = grow(store, config, kinds, source, files, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
+        record_pages(store, mine)
     return result(store, config, plan, made, started)
 
 

@@ -154,11 +154,12 @@ class Source:
             InvalidJob: one of them is gone.
             JobError: the storage does not answer.
         """
-        return [
+        digests = [
             digest
             for one in self._found
             for digest in ([self._listing(one)] if one.pictures else map(self._digest, one.files))
         ]
+        return digests if self._limit is None else [*digests, {"name": "", "limit": self._limit}]
 
     def schema(self) -> pa.Schema | None:
         """The columns and their types where the files state them (Parquet, Arrow), else None."""

@@ -18,8 +18,17 @@ from .store import Store
 
 JOB = "_diffray/job.json"
 DEVICE = "_diffray/device.json"
-_ELSEWHERE: Any = {"input": True, "output": True, "workers": True, "max_rejected": True, "pictures": {"root"}}
-"""Where the job reads, writes and runs, and what it calls a failure: that may change."""
+_ELSEWHERE: Any = {
+    "input": True,
+    "limit": True,
+    "output": True,
+    "workers": True,
+    "max_rejected": True,
+    "pictures": {"root"},
+}
+"""Where and how much the job reads, where it writes and runs, and what it calls a failure: that may change."""
+_PAGES = ("license", "contact_sheet", "gallery")
+"""What is only shown: that may change too, and then the pages are made again."""
 VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
 """The software that decides the bytes of images, image files and Parquet files."""
 
@@ -37,10 +46,14 @@ def fingerprint(
         identities: checksums of each, as `Models.identity` gives them.
     """
     facts = {name: {**asdict(model), **identities[name]} for name, model in models.items()}
-    values = {
-        "config": config.model_dump(mode="json", by_alias=True, exclude=_ELSEWHERE),
+    pages = {name: getattr(config, name) for name in _PAGES}
+    values: dict[str, Any] = {
+        "config": config.model_dump(
+            mode="json", by_alias=True, exclude=_ELSEWHERE | dict.fromkeys(_PAGES, True)
+        ),
         "model": facts if config.models else facts[""],
         "versions": {name: version(name) for name in VERSIONS},
+        "pages": {**pages, "price_per_hour": config.workers.price_per_hour},
     }
     if judges := facts_of(config.checks):
         values["checks"] = judges
@@ -58,7 +71,19 @@ def recorded_config(store: Store) -> dict[str, Any]:
     Raises:
         JobConflict: the record is damaged.
     """
-    return dict(_recorded(store)["config"])
+    job = _recorded(store)
+    return {**job["config"], **{name: job["pages"][name] for name in _PAGES}}
+
+
+def is_shown(store: Store, mine: Mapping[str, Any]) -> bool:
+    """Whether the pages of a finished job are as its config wants them."""
+    return bool(_recorded(store)["pages"] == mine["pages"])
+
+
+def record_pages(store: Store, mine: Mapping[str, Any]) -> None:
+    """Record that the pages are as the config wants them."""
+    if not is_shown(store, mine):
+        record(store, {**_recorded(store), "pages": mine["pages"]})
 
 
 def check_versions(store: Store) -> None:
@@ -91,10 +116,9 @@ def check(store: Store, mine: dict[str, Any]) -> None:
     Raises:
         JobConflict: showing every difference on a line of its own.
     """
-    recorded = _recorded(store)
-    if recorded == mine:
+    before, after = (_flat({**job, "pages": None}) for job in (_recorded(store), mine))
+    if before == after:
         return
-    before, after = _flat(recorded), _flat(mine)
     lines = [
         f"  {key}: {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}"
         for key in sorted(before.keys() | after.keys())

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,37 @@ def test_an_input_that_grew_continues(place: Place, finished: bool) -> None:
     totals = json.loads((place.path / "out/_diffray/SUCCESS.json").read_text())
     assert (totals["planned"], totals["images"], totals["rejected"]) == (14, 11, 3)
     assert place.run(config).made == 0
+
+
+def test_a_limit_may_be_raised(place: Place) -> None:
+    table = place.write("prompt\na\nb\nc\n")
+    assert place.job(table, limit=1).images == 1
+    assert place.job(table, limit=1).made == 0
+    grown = place.job(table, limit=2)
+    assert (grown.images, grown.made) == (2, 1)
+    assert place.job(table).images == 3
+    with pytest.raises(JobConflict, match="lacks 1 images"):
+        place.job(table, limit=2)
+
+
+def test_pages_are_made_again_when_only_they_are_to_change(place: Place) -> None:
+    table = place.write(TABLE)
+    place.job(table, contact_sheet=0)
+    data, begun = {k: v for k, v in place.bytes().items() if k.startswith("data/")}, place.begun()
+    readme = place.path / "out/README.md"
+    assert "license: mit" not in readme.read_text()
+    priced: dict[str, Any] = {"license": "mit", "gallery": 0, "workers": {"price_per_hour": 2.0}}
+    assert place.job(table, contact_sheet=4, **priced).made == 0
+    assert "license: mit" in readme.read_text()
+    assert (place.path / "out/contact_sheet.png").exists()
+    assert json.loads((place.path / "out/report.json").read_text())["cost"]
+    assert {k: v for k, v in place.bytes().items() if k.startswith("data/")} == data
+    assert place.begun() == begun
+    before = (place.path / "out/report.json").stat().st_mtime_ns
+    assert place.job(table, contact_sheet=4, **priced).made == 0
+    assert (place.path / "out/report.json").stat().st_mtime_ns == before, "the second time nothing is to do"
+    place.write("prompt,n,width,label\n" + TABLE.partition("\n")[2] + "r,1,,e\n")
+    assert place.job(table, contact_sheet=4, **priced).images == 6
 
 
 def test_a_shuffled_input_is_the_same_input(place: Place) -> None:
