@@ -153,7 +153,7 @@ class Workers(Strict):
     crashes: int = Field(default=3, ge=1, le=20)
     """A row that was alone in its worker at this many worker deaths is rejected."""
     patience: float = Field(default=600.0, gt=0)
-    """Seconds without any finished step or image after which a worker counts as hanging and is replaced."""
+    """Seconds without any finished step, read or image after which a worker counts as hanging and is replaced."""
     text_encoders: int | None = Field(default=None, ge=0, le=256)
     """So many text encoders for all engines of a model: equal prompts are encoded once, and engines do not load text
     encoders of their own. None and 0 leave each engine to itself."""

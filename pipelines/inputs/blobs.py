@@ -40,6 +40,9 @@ class Blobs:
         planned: fingerprint of the input that was planned; None where there is no plan.
         exact: whether more than the size in a file's stamp counts.
         places: of a table that are read in turn, such as shards in flight.
+
+    Attributes:
+        moves: grows with each read that begins, goes on or ends: a sign of life.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Blobs:
         self._files = files or root
         self._limit, self._storage, self._planned, self._exact = limit, storage, planned, exact
         self._places = places + SPARE
+        self.moves = 0
         self._tables: OrderedDict[tuple[bool, str], Table] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -148,7 +152,9 @@ class Blobs:
         if path.endswith(LANCE):
             url = lance_url(fs, path)
             return LanceTable(url, self._storage(url), self._planned if inside else None)
-        return ParquetTable(fs, path, self._places) if path.endswith(".parquet") else ArrowTable(fs, path)
+        if path.endswith(".parquet"):
+            return ParquetTable(fs, path, self._places, self._moved)
+        return ArrowTable(fs, path)
 
     def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T], *, planned: bool) -> T:
         """`read(filesystem, full path)`; what is missing is the row's fault unless the plan has seen it, all else is
@@ -156,6 +162,7 @@ class Blobs:
         fs, root = self._roots[inside]
         full = join(root, below(root if inside else self._files, path))
         for attempt in range(ATTEMPTS):
+            self._moved()
             try:
                 return read(fs, full)
             except (BlobError, JobError):
@@ -168,7 +175,12 @@ class Blobs:
                 if attempt == ATTEMPTS - 1:
                     raise JobError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
                 time.sleep(0.1 * 4**attempt)
+            finally:
+                self._moved()
         raise AssertionError
+
+    def _moved(self) -> None:
+        self.moves += 1
 
 
 def _changed(planned: bool, what: str) -> Exception:

@@ -11,7 +11,7 @@ import io
 import itertools
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -36,16 +36,17 @@ class ParquetTable:
 
     Args:
         places: of one column, that are read in turn.
+        moved: called with every window that is read: a place may be far into a row group.
     """
 
-    def __init__(self, fs: Any, path: str, places: int) -> None:
+    def __init__(self, fs: Any, path: str, places: int, moved: Callable[[], None]) -> None:
         # Buffered, because a row group may hold all of a large file's pictures.
         self._file = pq.ParquetFile(fs.open(path, "rb"), buffer_size=1 << 20, pre_buffer=False)
         self.schema = self._file.schema_arrow
         groups = self._file.metadata
         self._starts = _starts(groups.row_group(i).num_rows for i in range(groups.num_row_groups))
         self.rows = self._starts[-1]
-        self._places = places
+        self._places, self._moved = places, moved
         self._cursors: defaultdict[str, list[_Cursor]] = defaultdict(list)
         self._lock = threading.Lock()
 
@@ -71,6 +72,7 @@ class ParquetTable:
             cursor = _Cursor(group, batches)
         while cursor.next <= offset:
             cursor.advance()
+            self._moved()
         # Only now, since one that failed cannot go on.
         cursors.append(cursor)
         del cursors[: -self._places]

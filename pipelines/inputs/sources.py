@@ -81,6 +81,11 @@ class Sources:
         self._blobs: Blobs | None = None
         self._lock = threading.Lock()
 
+    @property
+    def moves(self) -> int:
+        """Grows while something is read: a sign of life."""
+        return self._blobs.moves if self._blobs else 0
+
     def needed(self, image: PlannedImage) -> bool:
         """Whether anything is to be read for an image."""
         values = image.user

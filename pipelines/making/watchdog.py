@@ -1,7 +1,8 @@
 """Noticing that a worker hangs: a kernel that never returns, a driver that is stuck, a thread that waits for ever.
 
-A worker is alive as long as its engine makes steps or its images end. One that does neither, although there is
-work, is as good as dead; it ends like one, and its rows are found out like those that kill (`attempts.py`).
+A worker is alive as long as its engine makes steps, its sources are read or its images end. One that does none of
+it, although there is work, is as good as dead; it ends like one, and its rows are found out like those that kill
+(`attempts.py`). A storage that answers slowly, or at the third attempt, is no hanging; a read that never ends is.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Watchdog:
         if state != self._last:
             self._last, self._since = state, now
         elif now - self._since > self._patience:
-            raise Hanging(f"hangs: no step or image was finished in {self._patience:g} s")
+            raise Hanging(f"hangs: no step, read or image was finished in {self._patience:g} s")
 
     def _rearm(self) -> None:
         if not self.last_resort:

@@ -103,7 +103,7 @@ class Worker:
         )
         self.watchdog = Watchdog(
             task.config.workers.patience,
-            lambda: (self._model.ticks, self._ended, texts and texts.waits),
+            lambda: (self._model.ticks, self._ended, sources.moves, texts and texts.waits),
         )
         self._ended = 0
         self._making: dict[int, asyncio.Future[Any]] = {}

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
+from diffray.pipelines.inputs.blobs import ATTEMPTS
 from diffray.pipelines.making import watchdog
 from diffray.pipelines.making.watchdog import Hanging, Watchdog
+from diffray.pipelines.making.worker import WorkerBroken
 
-from ..conftest import Place, restarting
+from ..conftest import Place, in_process, restarting
+from ..inputs.test_source import png
 
 FOLDER = Path(watchdog.__file__).parent
 
@@ -34,7 +39,7 @@ def test_work_that_moves_is_left_alone_and_work_that_stands_still_is_not() -> No
     time.sleep(0.4)  # idle time is not hanging time
     assert asyncio.run(dog.watch(slow())) == "done"
     began = time.monotonic()
-    with pytest.raises(Hanging, match=r"no step or image was finished in 0\.3 s"):
+    with pytest.raises(Hanging, match=r"no step, read or image was finished in 0\.3 s"):
         asyncio.run(dog.watch(asyncio.sleep(60)))
     assert time.monotonic() - began < 3
 
@@ -84,5 +89,38 @@ def test_a_row_that_hangs_is_rejected_and_its_neighbours_are_not(place: Place) -
     assert (result.images, result.rejected) == (5, 1)
     [row] = place.rows(folder="rejected")
     assert (row["prompt"], row["attempts"]) == ("HANG", 3)
-    assert "hangs: no step or image was finished in 0.4 s" in row["reason"]
+    assert "hangs: no step, read or image was finished in 0.4 s" in row["reason"]
     assert {r["id"]: r["sha256"] for r in place.rows()} == {r["id"]: r["sha256"] for r in place.rows("good")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [0.3, 4.0], ids=["slow", "endless"])
+def test_a_slow_storage_is_no_hanging_unless_one_read_does_not_end(
+    place: Place, monkeypatch: pytest.MonkeyPatch, last: float
+) -> None:
+    """Each attempt at a picture but the last takes less than the patience, all of them take more."""
+    (place.path / "a.png").write_bytes(png("red"))
+    table = place.write("prompt,image\nx,a.png\n")
+    config = place.config(table, task="augment", workers={"patience": 2.5})
+    read, times = LocalFileSystem.cat_file, 0
+
+    def slow(self: Any, path: str, *arguments: Any, **more: Any) -> Any:
+        nonlocal times
+        if not path.endswith("a.png"):
+            return read(self, path, *arguments, **more)
+        times += 1
+        time.sleep(last if times == ATTEMPTS else 0.3)
+        if times < ATTEMPTS:
+            raise ConnectionResetError("by peer")
+        return read(self, path, *arguments, **more)
+
+    def later(*arguments: Any) -> Any:
+        monkeypatch.setattr(LocalFileSystem, "cat_file", slow)
+        return in_process(*arguments)
+
+    if last < 2.5:
+        assert place.run(config, generate=later).images == 1
+    else:
+        with pytest.raises(WorkerBroken, match="hangs"):
+            place.run(config, generate=later)
+    assert times == ATTEMPTS
