@@ -108,7 +108,7 @@ class Attempts:
         return self._record({"row": image})
 
     def end_row(self, record: str) -> None:
-        """Record that the image which ran alone did not kill its worker."""
+        """Record that an attempt, at one image or at all, did not kill its worker."""
         self.store.write(record, json.dumps({"done": True, "run": self.run}).encode())
 
     def blame(self, record: str, error: str) -> None:

@@ -10,8 +10,10 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from diffray.model.errors import JobConflict, JobError
@@ -184,7 +186,7 @@ class Worker:
 
     def give_back(self, number: int) -> None:
         """Stop making a shard, so that another worker can, unless its images are all made."""
-        if number in self._making and self._making[number].cancel():
+        if number in self._making and number not in self._returned and self._making[number].cancel():
             self._returned.add(number)
 
     async def _made(self, number: int) -> tuple[PlanShard, list[Outcome], dict[str, float]]:
@@ -197,52 +199,27 @@ class Worker:
         for outcome in decided:
             self.tally.rejected(number, outcome.stage)
         timings: dict[str, float] = defaultdict(float)
-        if attempts.alone:
-            async with self._lock.exclusive():
-                made = await self._one_by_one(ready, attempts, timings)
-        else:
-            async with self._lock.shared():
-                made = await self._together(ready, attempts, timings)
+        made = await self._attempted(ready, attempts, timings) if ready else []
         timings["shard_seconds"] = time.monotonic() - started
         return shard, [*decided, *made], {name: round(spent, 4) for name, spent in sorted(timings.items())}
 
-    async def _together(
+    async def _attempted(
         self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
     ) -> list[Outcome]:
-        if not images:
-            return []
-        record = await self._begin(attempts)
-        try:
-            ended = (self._one(attempts.shard, image, timings) for image in images)
-            return list(await self._watched(asyncio.gather(*ended)))
-        except WorkerBroken as error:
-            await asyncio.to_thread(attempts.blame, record, str(error))
-            raise
-        except (asyncio.CancelledError, JobError):
-            await asyncio.to_thread(attempts.end_row, record)
-            raise
-
-    async def _one_by_one(
-        self, images: list[PlannedImage], attempts: Attempts, timings: dict[str, float]
-    ) -> list[Outcome]:
-        await self._begin(attempts)
-        outcomes = []
-        for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
-            record = await asyncio.to_thread(attempts.begin_row, image.id)
-            try:
-                outcomes.append(await self._watched(self._one(attempts.shard, image, timings)))
-            except WorkerBroken as error:
-                await asyncio.to_thread(attempts.blame, record, str(error))
-                raise
-            except (asyncio.CancelledError, JobError):
-                await asyncio.to_thread(attempts.end_row, record)
-                raise
-            await asyncio.to_thread(attempts.end_row, record)
-        return outcomes
-
-    async def _begin(self, attempts: Attempts) -> str:
-        first = attempts.shard == next(iter(self._making))
-        return await asyncio.to_thread(attempts.begin, first=first)
+        """The images of a shard together, or one by one where they have to be alone."""
+        shard = attempts.shard
+        async with self._lock.exclusive() if attempts.alone else self._lock.shared():
+            first = shard == next(iter(self._making))
+            async with _recorded(attempts, partial(attempts.begin, first=first)):
+                if not attempts.alone:
+                    ended = (self._one(shard, image, timings) for image in images)
+                    return list(await self._watched(asyncio.gather(*ended)))
+                outcomes = []
+                for image in sorted(images, key=lambda image: -attempts.deaths[image.id]):
+                    async with _recorded(attempts, partial(attempts.begin_row, image.id)) as record:
+                        outcomes.append(await self._watched(self._one(shard, image, timings)))
+                        await asyncio.to_thread(attempts.end_row, record)
+                return outcomes
 
     async def _watched(self, work: Awaitable[T]) -> T:
         try:
@@ -273,6 +250,23 @@ class Worker:
             lines = [f"  model.{k}: {recorded.get(k)} -> {mine.get(k)}" for k in odd]
             self.close()
             raise JobConflict("\n".join(["this worker's model is not the one the job began with:", *lines]))
+
+
+@asynccontextmanager
+async def _recorded(attempts: Attempts, begin: Callable[[], str]) -> AsyncIterator[str]:
+    """An attempt, between its record and what is added to it where the attempt ends without a death.
+
+    A thread that writes cannot be stopped: an attempt that is recalled meanwhile still waits for the record.
+    """
+    record = asyncio.ensure_future(asyncio.to_thread(begin))
+    try:
+        yield await asyncio.shield(record)
+    except WorkerBroken as error:
+        await asyncio.to_thread(attempts.blame, await record, str(error))
+        raise
+    except (asyncio.CancelledError, JobError):
+        await asyncio.to_thread(attempts.end_row, await record)
+        raise
 
 
 def _decided(

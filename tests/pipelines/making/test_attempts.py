@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffray.model.errors import JobError
 from diffray.pipelines import Store
-from diffray.pipelines.making import worker
+from diffray.pipelines.making import images, worker
 from diffray.pipelines.making.attempts import Attempts
+from diffray.pipelines.making.worker import Task, Worker
+from diffray.pipelines.outputs.commit import Commit
 
 from ..conftest import Place, in_process
 from ..crashes import Crash
@@ -111,3 +116,62 @@ def test_a_job_whose_first_runs_were_killed_loses_no_row(
     assert Attempts.read(store, 0, 6, 2).deaths == {}
     with pytest.raises(JobError, match="5 runs were killed while shard 0"):
         Attempts.read(store, 0, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("slow", "alone"),
+    [("begin", False), ("make", False), ("begin", True), ("begin_row", True), ("make", True)],
+)
+def test_a_recall_is_no_death_even_while_the_attempt_is_being_recorded(
+    place: Place, monkeypatch: pytest.MonkeyPatch, slow: str, alone: bool
+) -> None:
+    """A thread that writes a record cannot be stopped: it writes it although its shard is given back."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def record(self: Attempts, *arguments: Any, **more: Any) -> str:
+        began.set()
+        go_on.wait(10)
+        return str(write(self, *arguments, **more))
+
+    async def make(*_: Any) -> Any:
+        began.set()
+        await asyncio.sleep(10)
+
+    async def recalled(worker: Worker) -> None:
+        making = asyncio.create_task(worker.make(0))
+        await asyncio.to_thread(began.wait, 10)
+        worker.give_back(0)
+        await asyncio.sleep(0.05)  # the recall arrives before the record is there
+        worker.give_back(0)  # a second one changes nothing
+        go_on.set()
+        assert await making is None
+        began.clear()
+        go_on.clear()
+
+    async def recalls(worker: Worker) -> Commit | None:
+        with monkeypatch.context() as patched:
+            if slow == "make":
+                patched.setattr(images.Maker, "make", make)
+            else:
+                patched.setattr(Attempts, slow, record)
+            for _ in range(LIMIT + 3):
+                await recalled(worker)
+        return await worker.make(0)
+
+    def generate(config: Any, number: int, store: Store, models: Any, shares: Any) -> Any:
+        for _ in range(2 * alone):  # deaths of the whole shard
+            attempts = Attempts.read(store, 0, number, LIMIT)
+            attempts.blame(attempts.begin(), "CUDA error")
+        worker = Worker(Task(config, number, shares[0].model), store, models)
+        try:
+            commit = asyncio.run(recalls(worker))
+        finally:
+            worker.close()
+        assert commit is not None
+        yield commit.images, commit.rejected
+        found = now(store, number)
+        assert (found.alone, found.deaths.total()) == (alone, 0)
+
+    write = getattr(Attempts, slow, None)
+    result = place.run(place.config(place.write("prompt\np\nq\n")), generate=generate)
+    assert (result.images, result.rejected) == (2, 0)
