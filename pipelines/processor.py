@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import pickle
 from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 from pydantic import Field
@@ -23,9 +28,7 @@ from diffray.model.request import ImageRequest
 
 from .checks import Checks
 from .config import Encoding, ModelOptions, Pictures, Strict
-from .inputs.columns import content_hash
 from .inputs.pictures import fitted, picture
-from .inputs.readers import SourceRow
 from .inputs.values import REQUEST_COLUMNS, request_from
 from .making.models import Models
 from .making.scores import Examiner, broken
@@ -46,7 +49,9 @@ class ProcessorConfig(Strict):
     defaults: dict[str, Any] = Field(default={})
     """Request fields for rows that do not say."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Mixed with a row's `id`, or with its content where it has none, for rows without a `seed`."""
+    """Mixed with a row's `id`, or where it has none with its whole content, source pictures and columns that are only
+    carried along included, for rows without a `seed`. Rows that are equal in everything become the same image, unless
+    they have a `seed`, or any column that tells them apart."""
     encoding: Encoding = Encoding()
     checks: Checks = Checks()
     """As in a job: scores become columns, what is refused becomes an error. Near duplicates need a whole job."""
@@ -216,8 +221,39 @@ class Generator:
             if values.get("seed") is not None:
                 return values["seed"]
         name = row.get("id")
-        own = f"{content_hash(SourceRow('', 0, given)):016x}" if name is None else str(name)
-        return derived_seed(self._config.seed, own)
+        return derived_seed(self._config.seed, _content(row) if name in (None, "") else str(name))
+
+
+def _content(row: Row) -> str:
+    """A checksum of all that is in a row, whatever the order of its columns; one without a value says nothing."""
+    return hashlib.sha256(json.dumps(_canonical(row)).encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    """What stands for a value in JSON: the same for equal ones, whether Arrow, numpy or Python made
+    them. 5 and 5.0 are equal, since a gap elsewhere in a column turns one into the other.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return dict(sorted((str(name), _canonical(own)) for name, own in value.items() if own is not None))
+    if isinstance(value, (list, tuple)):
+        return [_canonical(own) for own in value]
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return _canonical(value.tolist())
+    if isinstance(value, np.ndarray):
+        return {
+            "array": [str(value.dtype), *value.shape],
+            "sha256": hashlib.sha256(value.tobytes()).hexdigest(),
+        }
+    if isinstance(value, (date, time, timedelta, Decimal)):
+        return {"text": str(value)}
+    data = value if isinstance(value, bytes) else pickle.dumps(value, protocol=5)
+    return {"sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _schema(scores: Mapping[str, pa.DataType]) -> pa.Schema:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -16,7 +18,7 @@ from diffray.model.judges.checks import measure
 from diffray.model.request import ImageRequest
 from diffray.pipelines import Checks, ProcessorConfig, build_processor
 from diffray.pipelines.making.scores import Examiner
-from diffray.pipelines.processor import ERROR, Generator
+from diffray.pipelines.processor import ERROR, Generator, _content
 
 from .fake import FakeModels
 
@@ -58,6 +60,84 @@ def test_ids_and_job_seeds_decide_where_a_row_gives_no_seed() -> None:
     assert [r["seed"] for r in rows(ProcessorConfig(), same)] == first
     assert [r["seed"] for r in rows(ProcessorConfig(seed=1), same)] != first
     assert [r["seed"] for r in rows(ProcessorConfig(defaults={"seed": 9}), same)] == [9, 9]
+
+
+def seeds(*given: dict[str, Any]) -> list[int]:
+    """Each row in a stage of its own, so that no neighbour's columns are there."""
+    return [rows(ProcessorConfig(), [{"prompt": "p", **row}])[0]["seed"] for row in given]
+
+
+def picture(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_rows_of_the_same_prompt_differ_by_any_other_column() -> None:
+    given: list[dict[str, Any]] = [
+        {},
+        {"id": ""},
+        {"id": "", "image_id": 1},
+        {"image_id": 1},
+        {"image_id": 2},
+        {"image_id": 2.5},
+        {"image_id": "2"},
+        {"image_id": True},
+        {"boxes": [[0, 1], [2, 3]]},
+        {"boxes": [[0, 1, 2, 3]]},
+        {"boxes": [[0, None], [2, 3]]},
+        {"cell": b"ab"},
+        {"cell": b"ba"},
+        {"cell": {"a": 1, "b": 2}},
+        {"cell": {"a": 2, "b": 1}},
+        {"at": datetime(2024, 5, 1, 12)},
+        {"at": datetime(2024, 5, 1, 13)},
+        {"init_image": picture("red"), "strength": 0.5},
+        {"init_image": picture("blue"), "strength": 0.5},
+        {"init_image": {"bytes": picture("green"), "path": None}, "strength": 0.5},
+    ]
+    assert len(set(seeds(*given))) == len(given)
+    one, two = rows(ProcessorConfig(), [{"prompt": "p", "image_id": i} for i in (1, 2)])
+    assert one["sha256"] != two["sha256"]
+
+
+def test_a_seed_does_not_depend_on_order_neighbours_or_the_kind_of_number() -> None:
+    row = {"prompt": "p", "image_id": 7, "boxes": [1, 2], "cell": {"a": 1, "b": b"x"}}
+    other = dict(reversed(row.items()), label=None, cell={"b": b"x", "a": 1.0, "c": None}, image_id=7.0)
+    neighbour = {"prompt": "q", "image_id": 0.5, "label": "fox"}
+    together = rows(ProcessorConfig(), [row, neighbour])[0]
+    assert len({*seeds(row, row, other), together["seed"]}) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "uint8"])
+def test_tensors_are_columns_like_others(dtype: str) -> None:
+    from ray.data.extensions import ArrowTensorArray
+
+    def stage(value: float) -> int:
+        tensor = ArrowTensorArray.from_numpy(np.full((1, 40, 40), value, dtype))
+        table = pa.table({"prompt": ["p"], "embedding": tensor})
+
+        async def made() -> list[pa.Table]:
+            return [part async for part in Generator(ProcessorConfig(), FakeModels())(table)]
+
+        return asyncio.run(made())[0]["seed"][0].as_py()
+
+    assert stage(1) == stage(1) != stage(2)
+
+
+def test_whole_numbers_of_numpy_are_those_of_python() -> None:
+    plain = {"a": 3, "b": 0.25, "c": [1, 2], "d": True, "e": "x"}
+    odd = {
+        "a": np.int32(3),
+        "b": np.float64(0.25),
+        "c": np.array([1, 2], object),
+        "d": np.True_,
+        "e": np.str_("x"),
+    }
+    assert _content(plain) == _content(odd)
+    assert _content({"a": float("nan")}) == _content({"a": np.float32("nan")}) != _content({})
+    assert _content({"a": Image.new("L", (2, 2), 3)}) == _content({"a": Image.new("L", (2, 2), 3)})
+    assert _content({"a": Image.new("L", (2, 2), 3)}) != _content({"a": Image.new("L", (2, 2), 4)})
 
 
 BAD = [{"prompt": "p", "steps": 2}, {"prompt": "POISON", "steps": 2}, {"prompt": "q", "steps": -1}]
