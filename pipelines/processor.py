@@ -22,12 +22,13 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import Field
 
+from diffray.model.adapters.choices import check_known
 from diffray.model.encoding import encode_image
 from diffray.model.errors import DiffrayError, InvalidRequest
 from diffray.model.request import ImageRequest
 
 from .checks import Checks
-from .config import Encoding, ModelOptions, Pictures, Strict
+from .config import Encoding, InvalidJob, ModelOptions, Pictures, Strict
 from .inputs.pictures import fitted, picture
 from .inputs.values import REQUEST_COLUMNS, request_from
 from .making.models import Models
@@ -141,7 +142,11 @@ def build_processor(
         postprocess: maps every row that has an image; failed rows pass by it unchanged.
         preprocess_map_kwargs, postprocess_map_kwargs: further arguments of these two `Dataset.map` calls.
         models: opens the model; another one lets a stage run on an engine of one's own.
+
+    Raises:
+        InvalidJob: a default is no request field, or has a value that no row may have.
     """
+    _check_defaults(config)
     return Processor(
         config,
         preprocess,
@@ -150,6 +155,17 @@ def build_processor(
         postprocess_map_kwargs or {},
         models or Models(),
     )
+
+
+def _check_defaults(config: ProcessorConfig) -> None:
+    """What can be said of the defaults without the model."""
+    try:
+        request = request_from(config.defaults)
+        check_known(request.adapters, sorted(config.model.adapters))
+        if request.output != "image":
+            raise InvalidRequest("output", f"got {request.output!r}, allowed is 'image'")
+    except InvalidRequest as error:
+        raise InvalidJob(f"defaults.{error}") from None
 
 
 class Generator:
@@ -193,7 +209,10 @@ class Generator:
         return {**result.request.parameters(), **scores, "image": image, "sha256": digest, ERROR: ""}
 
     def _request(self, row: Row, given: Row) -> ImageRequest:
-        request = request_from({**self._config.defaults, **given, "seed": self._seed(row, given)})
+        values = {**self._config.defaults, **given, "seed": self._seed(row, given)}
+        if values.get("prompt") is None:
+            raise InvalidRequest("prompt", "got nothing, every row needs one (it may be empty)")
+        request = request_from(values)
         rules, kind = self._config.pictures, KINDS["generate"]
         data = {name: _file(name, row[name]) for name in PICTURE_FIELDS if row.get(name) is not None}
         if not data:

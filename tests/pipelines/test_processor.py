@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from diffray.model.errors import GenerationError
+from diffray.model.errors import GenerationError, InvalidRequest
 from diffray.model.judges.checks import measure
 from diffray.model.request import ImageRequest
-from diffray.pipelines import Checks, ProcessorConfig, build_processor
+from diffray.pipelines import Checks, InvalidJob, ProcessorConfig, build_processor
+from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making.scores import Examiner
 from diffray.pipelines.processor import ERROR, Generator, _content
 
@@ -149,6 +150,38 @@ def test_errors_are_a_column_when_asked() -> None:
     for row, said, prompt in ((poison, "non-finite", "POISON"), (wrong, "steps", "q")):
         assert said in row[ERROR]
         assert (row["image"], row["prompt"]) == (None, prompt)
+
+
+def test_a_row_without_a_prompt_is_refused_as_in_a_job() -> None:
+    given = [{"prompt": None, "label": 1}, {"prompt": "", "label": 2}]
+    without, empty = rows(ProcessorConfig(should_continue_on_error=True), given)
+    assert without[ERROR] == "InvalidRequest: prompt: got nothing, every row needs one (it may be empty)"
+    assert (without["image"], without["prompt"], without["label"]) == (None, None, 1)
+    assert (empty[ERROR], empty["prompt"]) == ("", "")
+    with pytest.raises(InvalidRequest, match="prompt: got nothing"):
+        rows(ProcessorConfig(), [{"label": 1}])
+    assert rows(ProcessorConfig(defaults={"prompt": "p"}), [{"label": 1}])[0]["prompt"] == "p"
+
+
+@pytest.mark.parametrize(
+    ("defaults", "said"),
+    [
+        ({"stepss": 4}, r"defaults\.stepss: no such request field, allowed are prompt, .*steps"),
+        ({"steps": 0}, r"defaults\.steps: got 0, allowed is 1\.\.1000"),
+        ({"steps": "many"}, r"defaults\.steps: got 'many', allowed is an integer"),
+        ({"adapters": "ink"}, r"defaults\.adapters: got 'ink', allowed is none"),
+        ({"output": "latents"}, r"defaults\.output: got 'latents', allowed is 'image'"),
+    ],
+)
+def test_defaults_are_checked_before_any_actor_starts(defaults: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidJob, match=said):
+        build_processor(ProcessorConfig(defaults=defaults), models=FakeModels())
+
+
+def test_defaults_that_are_allowed_build_a_processor() -> None:
+    model = ModelOptions(adapters={"ink": "ink.safetensors"})
+    defaults = {"steps": "5", "strength": 0.5, "adapters": "ink:0.5", "seed": None}
+    build_processor(ProcessorConfig(defaults=defaults, model=model), models=FakeModels())
 
 
 def test_checks_are_those_of_a_job() -> None:
