@@ -64,7 +64,7 @@ def verify(
 ) -> None:
     """Read every file and image in OUTPUT and prove its checksum, and that each planned image ended exactly once.
 
-    Exit code 1 when something is wrong.
+    Exit code 1 when something is wrong, or when planned images are not made yet.
     """
     with reported(context):
         from diffray.pipelines import repair as repair_dataset
@@ -84,7 +84,11 @@ def verify(
             )
             if repair and found.damaged:
                 typer.echo(f"{len(found.damaged)} shards taken back; run the job's command again")
-        if found.faults:
+            if found.missing:
+                typer.echo(
+                    f"{found.missing} of {found.planned} planned images are not made yet; run the job's command again"
+                )
+        if found.faults or found.missing:
             raise typer.Exit(FAILED)
 
 

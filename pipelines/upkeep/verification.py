@@ -62,13 +62,20 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was read, and what was wrong with it."""
+    """What was read, and what was wrong with it.
+
+    Attributes:
+        planned: images of the plan, each counted once.
+        missing: those of them that are not made yet, and not rejected: no fault, the job's own command makes them.
+    """
 
     shards: int
     files: int
     bytes: int
+    planned: int
     images: int
     rejected: int
+    missing: int
     faults: tuple[Fault, ...]
 
     @property
@@ -99,23 +106,29 @@ def verify(store: Store) -> Verification:
     rejected = sum(len(shard.rejected) for shard in seen if shard.number >= plan.retried)
     ended = [shard.made for shard in seen]
     ended += [shard.rejected for shard in seen if shard.number >= plan.retried]
-    faults += _accounting(store, plan, seen, ended)
+    ids, counts = np.unique(np.concatenate([*ended, np.empty(0, np.uint64)]), return_counts=True)
+    faults += _accounting(store, plan, seen, ids, counts)
     faults += _surplus(store, plan, seen)
     return Verification(
         len(seen),
         sum(shard.files for shard in seen),
         sum(shard.bytes for shard in seen),
+        plan.images,
         images,
         rejected,
+        max(0, plan.images - len(ids)) if len(seen) < plan.shards else 0,
         tuple(faults),
     )
 
 
 def _accounting(
-    store: Store, plan: Plan, seen: Sequence[_Shard], ended: Sequence[npt.NDArray[np.uint64]]
+    store: Store,
+    plan: Plan,
+    seen: Sequence[_Shard],
+    ids: npt.NDArray[np.uint64],
+    counts: npt.NDArray[np.int64],
 ) -> Iterator[Fault]:
-    """Faults of the job as a whole."""
-    ids, counts = np.unique(np.concatenate([*ended, np.empty(0, np.uint64)]), return_counts=True)
+    """Faults of the job as a whole; `counts` says how often each of the `ids` ended."""
     for number in _shards_with(seen, set(ids[counts > 1].tolist())):
         yield Fault(None, commit_path(number), "an image of this shard ended in another one as well")
     broken = any(fault.shard is not None for shard in seen for fault in shard.faults)

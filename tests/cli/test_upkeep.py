@@ -66,6 +66,22 @@ def test_verify_and_repair(out: Path, table: Path) -> None:
     assert diffray("verify", out)[0] == 0
 
 
+def test_verify_of_an_unfinished_job_exits_1(out: Path, table: Path) -> None:
+    for record in ("commits/00000.json", "SUCCESS.json"):
+        (out / "_diffray" / record).unlink()
+    for flags in ([], ["--repair"]):
+        code, text, _ = diffray("verify", out, *flags)
+        assert (code, text.splitlines()[-1]) == (
+            1,
+            "2 of 2 planned images are not made yet; run the job's command again",
+        )
+    code, text, _ = diffray("verify", out, "--json")
+    assert (code, json.loads(text)["planned"], json.loads(text)["missing"]) == (1, 2, 2)
+    assert diffray("generate", table, out)[0] == 0
+    code, text, _ = diffray("verify", out, "--json")
+    assert (code, json.loads(text)["missing"]) == (0, 0)
+
+
 def test_retry_rejected(out: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert diffray("retry-rejected", out)[1].startswith("1 images, 1 still rejected, ")
     assert diffray("retry-rejected", out, "--max-rejected", 0.4)[0] == 4

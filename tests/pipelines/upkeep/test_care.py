@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +198,37 @@ def test_an_unfinished_job_is_proven_as_far_as_it_is(place: Place) -> None:
     found = verify(Store(config.output))
     assert found.faults == ()
     assert 0 < found.shards < 4
+    assert (found.planned, found.missing) == (7, 7 - found.images - found.rejected)
+    assert found.missing > 0
+    repaired = repair(Store(config.output), take_over=True)
+    assert repaired == found, "what is not made yet is no damage"
+    place.run(config, generate=in_turn)
+    assert verify(Store(config.output)).missing == 0
+
+
+def test_what_a_repair_took_back_is_not_made_yet(place: Place) -> None:
+    store = made(place)
+    (place.path / "out/_diffray/commits/00001.json").write_bytes(b"ruin")
+    found = repair(store)
+    assert (found.missing, found.damaged) == (0, [1]), "damaged is another matter"
+    again = verify(store)
+    assert (again.missing, again.faults) == (3, ())
+    resume(place)
+    assert verify(store).missing == 0
+
+
+def test_rejected_rows_that_are_to_run_again_are_not_made_yet(place: Place) -> None:
+    store = made(place)
+
+    def stopped(*_: object) -> Iterator[tuple[int, int]]:
+        raise JobError("stopped")
+
+    with pytest.raises(JobError, match="stopped"):
+        again(place, generate=stopped)
+    found = verify(store)
+    assert (found.planned, found.images, found.rejected, found.missing) == (7, 5, 0, 2)
+    again(place)
+    assert verify(store).missing == 0
 
 
 # Rejected rows again ---------------------------------------------------------------------------------------
