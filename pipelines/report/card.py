@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import DatasetCardData
 
-from ..config import JobConfig
+from ..config import JobConfig, Range, Task
 from .account import Refusals
 from .charts import NAME as CHARTS
 from .duplicates import NAME as DUPLICATES
 
 NAME = "README.md"
+SHOWN = 12
+"""Values of a sweep."""
 SIZES = {
     1_000: "n<1K",
     10_000: "1K<n<10K",
@@ -21,6 +23,46 @@ SIZES = {
     1_000_000: "100K<n<1M",
     10_000_000: "1M<n<10M",
     100_000_000: "10M<n<100M",
+}
+
+
+class About(NamedTuple):
+    """What a card says of a task: its title, its name on the Hub if it has one there, and what was made."""
+
+    title: str
+    category: str | None
+    made: str
+
+
+ABOUT: dict[Task, About] = {
+    "generate": About(
+        "Generated images", "text-to-image", "{images} synthetic images made by diffray with {models}"
+    ),
+    "augment": About(
+        "Varied images",
+        "image-to-image",
+        "{images} variants of given pictures, made by diffray with {models}",
+    ),
+    "inpaint": About(
+        "Inpainted images", "image-to-image", "{images} pictures partly painted anew by diffray with {models}"
+    ),
+    "outpaint": About(
+        "Outpainted images", "image-to-image", "{images} pictures continued by diffray with {models}"
+    ),
+    "edit": About("Edited images", "image-to-image", "{images} pictures changed by diffray with {models}"),
+    "upscale": About(
+        "Upscaled images", "image-to-image", "{images} pictures enlarged by diffray with {models}"
+    ),
+    "encode": About(
+        "Latents of images",
+        None,
+        "Latents of {images} pictures, made by diffray with the autoencoder of {models}",
+    ),
+    "decode": About(
+        "Decoded images",
+        None,
+        "{images} pictures made of latents by diffray with the autoencoder of {models}",
+    ),
 }
 OPENING = {
     "parquet": "Every row has the image in the column `image`, and all parameters that make it again.",
@@ -51,29 +93,27 @@ def card(
     charts: bool = False,
 ) -> str:
     """The whole file. It holds no times and no places: the same dataset has the same card."""
-    images = totals["images"]
+    images, about, latents = totals["images"], ABOUT[config.task], config.task == "encode"
     data = DatasetCardData(
         license=config.license,
-        pretty_name="Generated images",
-        task_categories=["text-to-image"],
+        pretty_name=about.title,
+        task_categories=[about.category] if about.category else None,
         size_categories=[next((name for most, name in SIZES.items() if images < most), "n>1T")]
         if images
         else None,
-        annotations_creators=["machine-generated"],
+        annotations_creators=None if latents else ["machine-generated"],
         tags=[
-            "synthetic",
-            "diffray",
-            "image",
+            *(["diffray", "latents"] if latents else ["synthetic", "diffray", "image"]),
             *(["webdataset"] if config.encoding.layout == "webdataset" else []),
         ],
         configs=_configs(config, totals, duplicates) or None,
     )
-    parts = [f"---\n{data.to_yaml()}\n---", "# Generated images", _summary(models, totals)]
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {about.title}", _summary(about, models, totals)]
     if images:
         pictures = ["![Some of the images](contact_sheet.png)"] if config.contact_sheet else []
         pages = ["[gallery.html](gallery.html) shows more; download it and open it in a browser."]
-        shown = [*pictures, *(pages if config.gallery else [])] if config.task != "encode" else []
-        parts += [*shown, OPENING["latents" if config.task == "encode" else config.encoding.layout]]
+        shown = [*pictures, *(pages if config.gallery else [])] if not latents else []
+        parts += [*shown, OPENING["latents" if latents else config.encoding.layout]]
     if scores:
         lines = [f"| `{name}` | {COLUMNS.get(name, 'by a scorer of the job')} |" for name in scores]
         parts += ["## Scores", "\n".join(["| column | meaning |", "| --- | --- |", *lines])]
@@ -104,12 +144,10 @@ def _configs(config: JobConfig, totals: Mapping[str, int], duplicates: int | Non
     ]
 
 
-def _summary(models: Sequence[str], totals: Mapping[str, int]) -> str:
+def _summary(about: About, models: Sequence[str], totals: Mapping[str, int]) -> str:
     names = ", ".join(f"`{_code(name)}`" for name in models)
-    return (
-        f"{totals['images']:,} synthetic images made by diffray with {names}; "
-        f"{totals['rejected']:,} rows were rejected."
-    )
+    made = about.made.format(images=f"{totals['images']:,}", models=names)
+    return f"{made}; {totals['rejected']:,} rows were rejected."
 
 
 def _table(refused: Sequence[Refusals]) -> str:
@@ -120,21 +158,46 @@ def _table(refused: Sequence[Refusals]) -> str:
 
 
 def _provenance(config: JobConfig) -> str:
-    fields = ", ".join(f"`{_code(name)}` {_cell(str(value))}" for name, value in config.defaults.items())
-    adapters = sorted({name for options in config.every_model.values() for name in options.adapters})
-    names = ", ".join(f"`{_code(name)}`" for name in adapters)
-    return (
-        f"Task `{config.task}`, job seed {config.seed}"
-        + (f", by default {fields}" if fields else "")
-        + (f". Adapters that its column `adapters` may name: {names}" if names else "")
-        + ". Every image file says itself how it was made and that it is synthetic (infotext, IPTC digital source "
-        "type). `_diffray/` holds the plan, one commit record per shard and the checksums of all files."
-    )
+    said = [f"Task `{config.task}`"]
+    if config.task not in ("encode", "decode"):  # they draw no noise
+        said.append(f"job seed {config.seed}")
+    if config.defaults:
+        said.append("by default " + ", ".join(_named(n, [value]) for n, value in config.defaults.items()))
+    sentences = [", ".join(said)]
+    sentences += [
+        f"`{_code(n)}` comes from the template `{_code(text)}`" for n, text in config.templates.items()
+    ]
+    if config.sweep:
+        lists = "; ".join(_named(name, _values(swept)) for name, swept in config.sweep.items())
+        sentences.append(f"Every row in every combination of {lists}")
+    if config.images_per_prompt > 1:
+        sentences.append(
+            f"{config.images_per_prompt} images per prompt, unless a row's column `n` says otherwise"
+        )
+    if adapters := sorted({name for options in config.every_model.values() for name in options.adapters}):
+        names = ", ".join(f"`{_code(name)}`" for name in adapters)
+        sentences.append(f"Adapters that its column `adapters` may name: {names}")
+    if config.task != "encode":
+        sentences.append(
+            "Every image file says itself how it was made and that it is synthetic (infotext, IPTC digital source type)"
+        )
+    sentences.append("`_diffray/` holds the plan, one commit record per shard and the checksums of all files")
+    return ". ".join(sentences) + "."
+
+
+def _named(name: str, values: Sequence[Any]) -> str:
+    """The first values of a field, and their number where these are not all."""
+    shown = ", ".join(_cell(str(value)) for value in values[:SHOWN])
+    return f"`{_code(name)}` {shown}" + (f", ... ({len(values)} values)" if len(values) > SHOWN else "")
+
+
+def _values(swept: Sequence[Any] | Range) -> Sequence[Any]:
+    return swept.values() if isinstance(swept, Range) else swept
 
 
 def _cell(text: str) -> str:
     """Any text as plain text in a cell of a Markdown table."""
-    shown = " ".join(text[:200].split())
+    shown = " ".join(_cut(text).split())
     for character in "\\`*_{}[]<>|#&!~":
         shown = shown.replace(character, f"&#{ord(character)};")
     return shown
@@ -142,4 +205,8 @@ def _cell(text: str) -> str:
 
 def _code(text: str) -> str:
     """Any text between backticks."""
-    return " ".join(re.sub(r"[`|<>]", "'", text[:200]).split())
+    return " ".join(re.sub(r"[`|<>]", "'", _cut(text)).split())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."
