@@ -7,11 +7,11 @@ has its own (`lance.py`). A read that fails leaves nothing behind: it can be mad
 from __future__ import annotations
 
 import bisect
-import io
 import itertools
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -80,11 +80,17 @@ class ParquetTable:
 
 
 class ArrowTable:
-    """One whose batches are in memory, or mapped to it."""
+    """One that is mapped to memory. A place in it cannot be found without the whole, so what is not local is first
+    fetched to the folder for temporary files, to a file without a name that goes with the table."""
 
     def __init__(self, fs: Any, path: str) -> None:
-        local = getattr(fs, "local_file", False)
-        self._batches = arrow_batches(pa.memory_map(path) if local else io.BytesIO(fs.cat_file(path)))
+        if getattr(fs, "local_file", False):
+            mapped = pa.memory_map(path)
+        else:
+            with NamedTemporaryFile(prefix="diffray-") as file:
+                fs.get_file(path, file.name)
+                mapped = pa.memory_map(file.name)
+        self._batches = _batches(mapped)
         self.schema = self._batches[0].schema if self._batches else pa.schema([])
         self._starts = _starts(batch.num_rows for batch in self._batches)
         self.rows = self._starts[-1]
@@ -118,8 +124,8 @@ class _Cursor:
         return None
 
 
-def arrow_batches(source: Any) -> list[pa.RecordBatch]:
-    """All batches of an Arrow stream (as `datasets` writes it) or file; memory mapped ones cost no memory."""
+def _batches(source: pa.MemoryMappedFile) -> list[pa.RecordBatch]:
+    """All batches of an Arrow stream (as `datasets` writes it) or file, which cost no memory."""
     try:
         return list(pa.ipc.open_stream(source))
     except pa.ArrowInvalid:
