@@ -91,7 +91,7 @@ class Maker:
                 return Rejected(image, "source", error.field, error.reason, 1)
             except (JobError, OSError):
                 raise  # the storage: no row's fault
-            except Exception as error:
+            except Exception as error:  # of preparing what was read
                 return Rejected(image, "source", None, f"{type(error).__name__}: {error}", 1)
             spent["read"] = time.monotonic() - began
             return await self._outcome(ready, spent)
