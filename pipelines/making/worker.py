@@ -118,7 +118,7 @@ class Worker:
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
-        sample = Sample.of(task.config, plans[-1].images if plans else 0)
+        sample = Sample.of(task.config, plans[-1] if plans else None)
         encoding = task.config.encoding
         self._output = Output(
             {"jpeg": "jpg"}.get(encoding.format, encoding.format),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..config import JobConfig
+from ..planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,9 @@ class Sample:
     share: float
 
     @classmethod
-    def of(cls, config: JobConfig, images: int) -> Self:
-        """The sample of a job with so many planned images, for gallery and contact sheet."""
+    def of(cls, config: JobConfig, plan: Plan | None) -> Self:
+        """The sample for gallery and contact sheet, drawn over what the plan does not itself reject."""
+        images = plan.images - plan.rejected if plan else 0
         return cls(max(config.gallery, 2 * config.contact_sheet) / max(1, images))
 
     def __contains__(self, image_id: object) -> bool:

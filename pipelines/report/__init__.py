@@ -38,7 +38,7 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
         archive_retried(store, plan, read_commits(store, range(plan.retried)))
     totals, commits = proven_totals(store, plan)
     shards = [commit.shard for commit in commits if commit.images]
-    found = read_index(store, shards, Sample.of(config, plan.images))
+    found = read_index(store, shards, Sample.of(config, plan))
     alike = None
     if config.checks.near_duplicates is not None:
         alike = duplicates.write_duplicates(store, shards, found, config.checks.near_duplicates)

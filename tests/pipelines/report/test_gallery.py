@@ -128,6 +128,15 @@ def test_large_datasets_show_a_sample(place: Place) -> None:
     assert not (place.path / "none/gallery.html").exists()
 
 
+def test_a_sample_is_drawn_over_the_images_that_can_be_made(place: Place) -> None:
+    rows = [f"x,{0 if number % 10 else 4}\n" for number in range(100)]  # steps of 0 are not allowed
+    table = place.write("prompt,steps\n" + "".join(rows))
+    assert place.job(table, gallery=10, contact_sheet=0).images == 10
+    assert len(data_of(place.path / "out/gallery.html")["images"]) == 10, (
+        "those asked for are all that there are"
+    )
+
+
 def test_scores_are_plotted_without_a_gallery(place: Place) -> None:
     checks = {"measures": True}
     place.job(place.write("prompt,n\nx,9\n"), gallery=0, contact_sheet=0, checks=checks)
