@@ -106,12 +106,14 @@ class Pool:
     def run(self) -> Iterator[Ended | Pulse]:
         """Yields every shard as it is committed, and about once a second how the pool is.
 
+        A pool that is stopped lets its turns end, and tells what these still committed before it raises.
+
         Raises:
             DiffrayError: whatever stopped an engine, as it was raised there.
             RayError: what stopped Ray Data.
             JobError: too few engines for too long.
         """
-        import ray
+        from ray.exceptions import RayError
 
         self._thread.start()
         try:
@@ -119,11 +121,29 @@ class Pool:
             while row is not None:
                 row = self._next_row()
                 yield from self._look("running")
-        finally:
-            with suppress(ray.exceptions.RayError):
-                ray.get(self._board.close.remote(), timeout=PATIENCE)
-            self._thread.join(PATIENCE)
+        except GeneratorExit:
+            self._close()  # nobody listens any more
+            raise
+        except BaseException:
+            if self._close():
+                with suppress(RayError):
+                    yield from self._look("finished", PATIENCE)
+            raise
+        self._close()
         yield from self._look("finished")
+
+    def _close(self) -> bool:
+        """Let the turns end; whether the board still answers."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(self._board.close.remote(), timeout=PATIENCE)
+        except RayError:
+            return False
+        finally:
+            self._thread.join(PATIENCE)
+        return True
 
     def _iterate(self, dataset: Dataset) -> None:
         """In a thread of its own, since iterating blocks."""
@@ -146,13 +166,15 @@ class Pool:
             raise failure
         return row
 
-    def _look(self, state: str) -> Iterator[Ended | Pulse]:
+    def _look(self, state: str, timeout: float | None = None) -> Iterator[Ended | Pulse]:
         """What the board says, at most about once a second while turns end faster."""
         import ray
 
         if state == "running" and time.monotonic() - self._answered < 0.5:
             return
-        found: dict[str, Any] = ray.get(self._board.look.remote(self._board_began, self._listed))
+        found: dict[str, Any] = ray.get(
+            self._board.look.remote(self._board_began, self._listed), timeout=timeout
+        )
         self._answered = time.monotonic()
         self._board_began, self._listed = found["began"], found["listed"]
         for shard, images, rejected in found["ended"]:
@@ -161,8 +183,13 @@ class Pool:
                 yield Ended(images, rejected)
         engines = tuple(self._facts(name, known, state) for name, known in found["engines"].items())
         yield Pulse(engines, found["waiting"], found["running"])
+        if state == "running":
+            self._check_enough(engines, found["waiting"] + found["running"])
+
+    def _check_enough(self, engines: Sequence[EngineFacts], shards: int) -> None:
+        """Give up with too few engines for too long."""
         up = sum(engine.state == "running" for engine in engines)
-        if up >= min(self._least, found["waiting"] + found["running"]):
+        if up >= min(self._least, shards):
             self._enough = self._answered
         elif self._answered - self._enough > self._patience:
             raise JobError(

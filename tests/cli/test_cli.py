@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from diffray.cli.app import app
 from diffray.model.errors import GenerationError
-from diffray.pipelines import JobConfig, job_status
+from diffray.pipelines import JobConfig, Store, job_status
 from diffray.pipelines import job as job_module
+from diffray.pipelines.runs import read_runs
 
 DIFFRAY = Path(sys.executable).with_name("diffray")
 
@@ -227,3 +228,9 @@ def test_sigterm_exits_143_and_ctrl_c_130_and_the_job_can_go_on(tmp_path: Path, 
     )
     assert job_status(str(tmp_path / "o")).owner is None
     assert job_status(str(tmp_path / "o")).phase == "stopped"
+    [run], committed = (
+        read_runs(Store(str(tmp_path / "o"))),
+        list((tmp_path / "o/_diffray/commits").iterdir()),
+    )
+    assert (run["outcome"], run["shards"], run["images"]) == ("stopped", len(committed), len(committed))
+    assert sum(engine["images"] for engine in run["engines"]) >= len(committed)
