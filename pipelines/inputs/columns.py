@@ -21,12 +21,15 @@ from diffray.model.errors import InvalidRequest
 from ..outputs.schemas import OWN_COLUMNS, SOURCE_COLUMN
 from ..planning.tasks import LATENTS, Kind
 from .readers import SourceRow
+from .references import Reference
 from .values import REQUEST_COLUMNS, shown
 
 MAX_ID = 500
 COUNT_COLUMNS = ("n", "images_per_prompt")
 MADE = ("image", "file_name", "latents")
 """Columns that hold what a job made."""
+LABELS = ("mask", "depth")
+"""Pictures that say something about the source picture: where they are values of a table, they are carried too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,15 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What to do with rows of one set of columns: (field, column) pairs, and the columns that are nobody's."""
+    """What to do with rows of one set of columns: (field, column) pairs, and the columns that are nobody's.
+
+    `labels` are columns of masks and depth maps that the job reads: the user's own all the same.
+    """
 
     plain: tuple[tuple[str, str], ...]
     searched: tuple[tuple[str, tuple[str, ...]], ...]
     unknown: tuple[str, ...]
+    labels: tuple[str, ...]
 
 
 class Columns:
@@ -128,6 +135,9 @@ class Columns:
             if (value := values.get(column)) is not None:
                 given[name] = value
         unknown = {name: values[name] for name in layout.unknown if name not in used}
+        for name in layout.labels:  # one named by path or made by diffray is in the plan as it stands there
+            if isinstance(values[name], Reference):
+                unknown[name] = values[name]
         return Reading(row, given, unknown, None if source else place)
 
     def _laid_out(self, names: tuple[str, ...], placed: bool, source: bool) -> _Layout:
@@ -150,7 +160,11 @@ class Columns:
         known = {"id", *COUNT_COLUMNS, *(column for _, column in plain)}
         if placed and not source:
             known |= OWN_COLUMNS.union(self.fields)
-        return _Layout(tuple(plain), tuple(searched), tuple(n for n in names if n not in known))
+        read = [*plain, *((field, column) for field, found in searched for column in found)]
+        labels = dict.fromkeys(column for field, column in read if field in LABELS)
+        return _Layout(
+            tuple(plain), tuple(searched), tuple(n for n in names if n not in known), tuple(labels)
+        )
 
     def _is_source(self, values: Mapping[str, Any]) -> bool:
         """Whether what diffray made in this row is what the job starts from."""

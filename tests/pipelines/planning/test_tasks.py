@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,97 @@ def test_inpaint_repaints_one_side_and_keeps_the_other(
     assert (same == (255, 0, 0)).all()
     assert not (other == (255, 0, 0)).all()
     assert (row["paste_back"], row["label"], row["mask_invert"]) == (True, "7", options.get("mask_invert"))
+
+
+@pytest.fixture
+def masked(place: Place) -> str:
+    """A Hugging Face table of two rows whose left half is the mask; the second row has no label."""
+    mask = {"bytes": data(halves(255, 0)), "path": None}
+    rows = [
+        {"image": {"bytes": data(flat(c)), "path": None}, "mask": mask, "prompt": c, "label": label}
+        for c, label in (("red", "x"), ("blue", None))
+    ]
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kinds = {"image": picture, "mask": picture, "prompt": pa.string(), "label": pa.string()}
+    features = {"info": {"features": {"image": {"_type": "Image"}, "mask": {"_type": "Image"}}}}
+    schema = pa.schema(kinds.items(), metadata={"huggingface": json.dumps(features)})
+    pq.write_table(pa.Table.from_pylist(rows, schema), place.path / "t.parquet")
+    return str(place.path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "table"),
+    [
+        ({"layout": "parquet"}, "data/*.parquet"),
+        ({"layout": "files"}, "data/images/*/metadata.parquet"),
+        ({"layout": "files", "metadata": "jsonl"}, "data/images/*/metadata.jsonl"),
+        ({"layout": "webdataset"}, "data/*.tar"),
+    ],
+)
+def test_a_mask_that_a_job_reads_is_carried_with_its_bytes(
+    place: Place, masked: str, encoding: dict[str, Any], table: str
+) -> None:
+    assert place.job(masked, task="inpaint", encoding=encoding).images == 2
+    [path] = (place.path / "out").glob(table)
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path).to_pylist()
+        assert json.loads(pq.read_schema(path).metadata[b"huggingface"])["info"]["features"]["input_mask"]
+    elif path.suffix == ".tar":
+        with tarfile.open(path) as tar:
+            rows = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
+    else:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    expected: Any = data(halves(255, 0))
+    if path.suffix != ".parquet":
+        expected = base64.b64encode(expected).decode()
+    assert [row["input_mask"] for row in rows] == [{"bytes": expected, "path": None}] * 2
+    assert [row["mask"] for row in rows] == [f"input:t.parquet#row={i}&column=mask" for i in range(2)]
+    assert "input_init_image" not in rows[0], "the source picture itself is not carried"
+    assert "input_image" not in rows[0], "the source picture itself is not carried"
+
+
+def test_what_inpaint_made_is_the_source_of_the_next_with_the_mask_that_it_carries(
+    place: Place, masked: str
+) -> None:
+    place.job(masked, "one", task="inpaint")
+    again = str(place.path / "one/data")
+    result = place.job(again, "two", task="inpaint", columns={"mask": "input_mask"})
+    assert (result.images, result.rejected) == (2, 0)
+    one, two = place.rows("one"), place.rows("two")
+    assert [row["row_id"] for row in two] == [row["id"] for row in one]
+    assert [row["input_mask"] for row in two] == [row["input_mask"] for row in one]
+    for row, before in zip(two, one, strict=True):
+        assert (np.hsplit(pixels(row), 2)[1] == np.hsplit(pixels(before), 2)[1]).all()
+
+
+def test_masks_of_plain_bytes_keep_their_names_and_those_named_by_path_are_no_bytes(place: Place) -> None:
+    mask = data(halves(255, 0))
+    with tarfile.open(place.path / "t.tar", "w") as archive:
+        for name, content in (("a.png", data(flat())), ("a.mask.png", mask), ("a.txt", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    place.job(str(place.path / "t.tar"), "tar", task="inpaint", columns={"mask": "mask.png"})
+    [row] = place.rows("tar")
+    assert row["mask.png"] == mask
+    assert row["mask"].startswith("input:t.tar#offset=")
+    save(place, flat(), "a.png")
+    save(place, halves(255, 0), "m.png")
+    place.job(place.write("init_image,mask,prompt\na.png,m.png,x\n", "in/t.csv"), "path", task="inpaint")
+    [row] = place.rows("path")
+    assert row["mask"] == "m.png"
+    assert not [name for name in row if name.startswith("input_")]
+
+
+def test_rejected_rows_with_masks_can_be_fed_back(place: Place, masked: str) -> None:
+    pq.write_table(pq.read_table(masked).set_column(2, "prompt", pa.array(["POISON", "blue"])), masked)
+    assert place.job(masked, task="inpaint").rejected == 1
+    root = {"pictures": {"root": str(place.path)}}
+    place.job(str(place.path / "out/rejected"), "two", task="inpaint", **root)
+    [one], [two] = place.rows(folder="rejected"), place.rows("two", "rejected")
+    keys = ("id", "seed", "stage", "reason", "input_mask")
+    assert [two[k] for k in keys] == [one[k] for k in keys]
+    assert two["mask"] == "t.parquet#row=0&column=mask"
 
 
 def test_a_palette_mask_is_read_by_class_or_by_brightness(place: Place) -> None:
