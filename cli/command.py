@@ -164,7 +164,7 @@ def _is_flag(kind: Any) -> bool | None:
 _REPEATED: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
     "models": dict,
     "adapter": dict,
-    "column": dict,
+    "column": lambda texts: {field: column or None for field, column in texts.items()},
     "template": dict,
     "set": dict,
     "label": dict,

@@ -76,7 +76,10 @@ OPTIONS = (
     JobOption("negative_prompt", Negative, "defaults.negative_prompt", PAINTING),
     JobOption(
         "column",
-        _option(list[str] | None, "Where a request field is, as FIELD=COLUMN; repeat it."),
+        _option(
+            list[str] | None,
+            "Where a request field is, as FIELD=COLUMN; repeat it. FIELD= reads it from no column.",
+        ),
         "columns",
     ),
     JobOption(

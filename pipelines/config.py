@@ -192,8 +192,9 @@ class JobConfig(Strict):
 
     They are made one after the other, so some engines of each stand idle while the last ones end.
     """
-    columns: dict[str, str] = {}
-    """Request field to the input column that holds it, where the names differ."""
+    columns: dict[str, str | None] = {}
+    """Request field to the input column that holds it, where the names differ; null where none does: a column of that
+    name, such as the `width` of a source picture, is then carried like any other."""
     templates: dict[str, str] = {}
     """Request field to a text with {column} in it, such as "a photo of {label}, {weather}"."""
     sweep: dict[str, list[Any] | Range] = {}

@@ -1,6 +1,7 @@
 """What the columns of a row mean to a job: request fields, the row's identity, and what is the user's own.
 
-A field is read from the column that the job names, else from the one of its own name. Rows that diffray wrote
+A field is read from the column that the job names, else from the one of its own name; from none where the job
+says null, and then a column of that name is the user's own. Rows that diffray wrote
 can be fed back in two ways. Of `rejected/`, or of `data/` for another `generate`, a row asks for exactly its
 image again: `row_id`, `variant` and `index` say which, and its `seed` is the image's own. Where a task takes
 the *picture* of such a row as its source, the row counts as an ordinary one whose id is the image's: its prompts
@@ -99,19 +100,21 @@ class Columns:
 
     Args:
         kind: the task.
-        names: request field to column.
+        names: request field to column; None for a field that no column holds.
         made: fields that a template makes.
         picks_model: whether a column `model` picks one of several models.
 
     Attributes:
         fields: every field that a column may hold.
         sources: the picture fields that this job reads.
+        used: field to the columns where the rows that were read so far may hold it.
     """
 
     def __init__(
-        self, kind: Kind, names: Mapping[str, str], made: Collection[str], *, picks_model: bool
+        self, kind: Kind, names: Mapping[str, str | None], made: Collection[str], *, picks_model: bool
     ) -> None:
         self._kind, self._names = kind, names
+        self.used: dict[str, dict[str, None]] = {}
         self.sources = kind.sources([*names, *made])
         self.fields = (*REQUEST_COLUMNS, *kind.fields, *self.sources, *(("model",) if picks_model else ()))
         self._source = "latents" if kind.task == "decode" else "init_image"
@@ -119,7 +122,10 @@ class Columns:
 
     def looked_for(self, field: str) -> tuple[str, ...]:
         """The columns where a field may be, first things first."""
-        return (self._names[field],) if field in self._names else self._kind.columns(field)
+        if field not in self._names:
+            return self._kind.columns(field)
+        column = self._names[field]
+        return () if column is None else (column,)
 
     def read(self, row: SourceRow) -> Reading:
         """What a row says to this job."""
@@ -161,6 +167,9 @@ class Columns:
         if placed and not source:
             known |= OWN_COLUMNS.union(self.fields)
         read = [*plain, *((field, column) for field, found in searched for column in found)]
+        named = [] if placed else [(name, name) for name in ("id", *COUNT_COLUMNS) if name in names]
+        for field, column in (*read, *named):
+            self.used.setdefault(field, {})[column] = None
         labels = dict.fromkeys(column for field, column in read if field in LABELS)
         return _Layout(
             tuple(plain), tuple(searched), tuple(n for n in names if n not in known), tuple(labels)

@@ -29,6 +29,7 @@ class Preview:
         work: pixel-steps of all images, as far as it can be told without reading pictures.
         models: images of each model, where the job has several.
         reasons: the first rejected rows, each on a line.
+        read: which fields are read from columns, with the columns where their names differ.
         columns: what the output carries beside the request's own columns.
         seconds: estimated time on one engine, or of the whole job when `basis` is "stated".
         basis: where the estimate comes from; empty without one.
@@ -42,6 +43,7 @@ class Preview:
     work: float = 0.0
     models: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     seconds: float | None = None
     basis: str = ""
@@ -56,6 +58,8 @@ class Preview:
             yield f"          {count} with model {name}"
         yield f"shards    {self.shards}"
         yield f"work      {self.work / 1e6:.4g} megapixel-steps"
+        if self.read:
+            yield f"read      {', '.join(self.read)}"
         if self.columns:
             yield f"carried   {', '.join(self.columns)}"
         if self.seconds is None:
@@ -89,7 +93,11 @@ def preview(
     kinds = {name: models.config(options) for name, options in config.every_model.items()}
     source = Source(config.inputs, config.storage_options, config.limit)
     survey, images = planned(config, kinds, source)
-    found = Preview(config.task, rows=survey.rows, columns=survey.user.schema.names)
+    read = [
+        name if [name] == list(columns) else f"{name} ({' or '.join(columns)})"
+        for name, columns in survey.used.items()
+    ]
+    found = Preview(config.task, rows=survey.rows, read=read, columns=survey.user.schema.names)
     first: list[PlannedImage] = []
     name = next(iter(config.every_model))
     for shard in cut(images, config.shards):

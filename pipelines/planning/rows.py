@@ -173,9 +173,10 @@ class RowRules:
             if "prompt" not in texts:
                 raise InvalidRequest("prompt", "got nothing, every row needs one (it may be empty)")
         except InvalidRequest as error:
+            told = _with_hint(error, reading, variant)
             for k in indices:
                 where = Place(row_id, variant.id, k)
-                yield self._rejected(reading, row_id, where, error, own)
+                yield self._rejected(reading, row_id, where, told, own)
             return
         seeds = {**self.defaults, **given, **variant.values}
         stem = f"{row_id}-{variant.id}" if variant.id else row_id
@@ -229,7 +230,7 @@ class RowRules:
                 raise InvalidRequest(name, str(error)) from None
         for name in self.kind.needs:
             if SOURCE_COLUMN.get(name, name) not in sources:
-                looked = " or ".join(self.columns.looked_for(name)[:3])
+                looked = " or ".join(self.columns.looked_for(name)[:3] or (name,))
                 raise InvalidRequest(name, f"got nothing in column {looked}, task {self.kind.task} needs one")
         return sources
 
@@ -286,6 +287,16 @@ class RowRules:
             original=original,
             user=user,
         )
+
+
+def _with_hint(error: InvalidRequest, reading: Reading, variant: Variant) -> InvalidRequest:
+    """The same; of a size from the row also how to leave it alone: in tables of pictures it is often the source's."""
+    name = error.field
+    number = str(reading.given.get(name)).isdecimal()
+    if name not in ("width", "height") or not number or reading.place or name in variant.values:
+        return error
+    hint = f"if that column is not meant, say columns: {{{name}: null}} (--column {name}=)"
+    return InvalidRequest(name, f"{error.reason}; {hint}")
 
 
 def _is_plain(prompt: object, negative: object, seed: object) -> bool:

@@ -25,6 +25,7 @@ class Survey:
     Attributes:
         rows: how many rows there are, unreadable ones included.
         user: the columns that the job carries beside the request's own, with their types.
+        used: field to the columns that it is read from, but for fields that a template or the sweep makes.
 
     Raises:
         InvalidJob: no `prompt` column, two columns that mean the same, or duplicate ids.
@@ -62,6 +63,13 @@ class Survey:
         self._check_unique()
         user.finish(self._own_schema(columns))
         self.user = user
+        made = {*rules.templates, *(name for variant in rules.variants for name in variant.values)}
+        order = [*rules.columns.fields, "id", *COUNT_COLUMNS]
+        self.used = {
+            name: tuple(rules.columns.used[name])
+            for name in order
+            if name in rules.columns.used and name not in made
+        }
 
     def images(self) -> Iterator[PlannedImage]:
         """The second pass: every image of the job, in input order."""
@@ -104,6 +112,8 @@ class Survey:
             if placed:  # diffray wrote them under its own names
                 looked = (*looked, SOURCE_COLUMN.get(name, name))
             if name not in made and not any(column in columns for column in looked):
+                if not looked:
+                    raise InvalidJob(f"columns.{name}: got null, task {rules.kind.task} needs one")
                 names = looked[:1] if name == "prompt" else looked[:3]
                 raise InvalidJob(f"the input has no column {' or '.join(map(repr, names))}; it has {has}")
         for template in rules.templates.values():

@@ -104,6 +104,20 @@ def test_a_dry_run_and_a_plan_tell_and_write_nothing(table: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "job.yaml"]
 
 
+def test_a_plan_says_which_columns_are_read_for_which_fields(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("id,caption,width,height,n,steps\na,x,64,64,,3\nb,y,64,48,2,3\n")
+    plan = ["generate", table, tmp_path / "out", "--column", "prompt=caption", "--dry-run"]
+    plan += ["--sweep", "steps=3,4"]
+    lines = diffray(*plan)[1].splitlines()
+    assert "read      prompt (caption), width, height, id, n" in lines
+    assert not [line for line in lines if line.startswith("carried")]
+    code, text, _ = diffray(*plan, "--column", "width=", "--column", "height=")
+    assert code == 0
+    assert "read      prompt (caption), id, n" in text.splitlines()
+    assert "carried   input_width, input_height" in text.splitlines()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -63,6 +63,7 @@ def test_what_the_schema_accepts_jobs_accept(checker: Any) -> None:
         "output": "c",
         "sweep": {"strength": {"from": 0.1, "to": 0.5, "step": 0.2}, "weather": ["rain"]},
         "workers": {"actors": "2-16"},
+        "columns": {"prompt": "caption", "width": None},
         "models": {"a": {"source": "x"}, "b": {"source": "y"}},
     }
     assert checker.is_valid(values)

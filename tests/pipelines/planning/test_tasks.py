@@ -434,6 +434,48 @@ def test_rejected_rows_with_pictures_can_be_fed_back(place: Place) -> None:
     assert [[r[k] for k in keys] for r in two] == [[r[k] for k in keys] for r in one]
 
 
+def test_a_column_that_is_not_meant_is_left_alone_and_carried(place: Place) -> None:
+    save(place, flat(), "a.png")
+    table = place.write("file_name,caption,width,height\na.png,x,101,75\n", "in/t.csv")
+    named = {"prompt": "caption"}
+    place.job(table, "read", task="augment", columns=named)
+    [bad] = place.rows("read", "rejected")
+    assert (bad["stage"], bad["field"], bad["width"]) == ("plan", "width", "101")
+    assert "say columns: {width: null} (--column width=)" in bad["reason"]
+    sizes = {"defaults": {"width": 64, "height": 48}}
+    place.job(table, "not", task="augment", columns={**named, "width": None, "height": None}, **sizes)
+    [row] = place.rows("not")
+    assert (row["width"], row["height"], row["input_width"], row["input_height"]) == (64, 48, "101", "75")
+    assert pixels(row).shape == (48, 64, 3)
+
+
+def test_pictures_and_needed_fields_may_be_read_from_no_column(place: Place, masked: str) -> None:
+    not_meant = {"init_image": None, "mask": None}
+    result = place.job(masked, "generate", columns=not_meant)
+    assert (result.images, result.rejected) == (2, 0)
+    row = place.rows("generate")[0]
+    assert (row["mask"], row["input_mask"]["bytes"]) == (None, data(halves(255, 0)))
+    assert row["input_image"]["bytes"] == data(flat("red"))
+    with pytest.raises(InvalidJob, match=r"columns\.mask: got null, task inpaint needs one"):
+        place.job(masked, "inpaint", task="inpaint", columns={"mask": None})
+    with pytest.raises(InvalidJob, match=r"columns\.prompt: got null"):
+        place.job(masked, "prompt", columns={"prompt": None})
+    place.job(masked, "constant", columns={"prompt": None}, defaults={"prompt": "all the same"})
+    assert [(r["prompt"], r["input_prompt"]) for r in place.rows("constant")] == [
+        ("all the same", "red"),
+        ("all the same", "blue"),
+    ]
+
+
+def test_a_row_that_diffray_wrote_keeps_its_size_where_columns_are_left_alone(place: Place) -> None:
+    table = place.write("prompt,width\nPOISON,101\n")
+    options = {"columns": {"width": None}, "defaults": {"width": 64}}
+    place.job(table, "one", **options)
+    place.job(str(place.path / "one/rejected"), "two", columns={"width": None})
+    [one], [two] = place.rows("one", "rejected"), place.rows("two", "rejected")
+    assert (one["width"], one["input_width"]) == ("64", "101") == (two["width"], two["input_width"])
+
+
 def test_limit_takes_the_first_rows(place: Place, tmp_path: Path) -> None:
     table = place.write("prompt\na\nb\nc\n")
     assert place.job(table, limit=2).images == 2
