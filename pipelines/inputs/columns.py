@@ -106,6 +106,7 @@ class Columns:
 
     Attributes:
         fields: every field that a column may hold.
+        names: request field to the column that the job names.
         sources: the picture fields that this job reads.
         used: field to the columns where the rows that were read so far may hold it.
     """
@@ -113,7 +114,7 @@ class Columns:
     def __init__(
         self, kind: Kind, names: Mapping[str, str | None], made: Collection[str], *, picks_model: bool
     ) -> None:
-        self._kind, self._names = kind, names
+        self._kind, self.names = kind, names
         self.used: dict[str, dict[str, None]] = {}
         self.sources = kind.sources([*names, *made])
         self.fields = (*REQUEST_COLUMNS, *kind.fields, *self.sources, *(("model",) if picks_model else ()))
@@ -122,9 +123,9 @@ class Columns:
 
     def looked_for(self, field: str) -> tuple[str, ...]:
         """The columns where a field may be, first things first."""
-        if field not in self._names:
+        if field not in self.names:
             return self._kind.columns(field)
-        column = self._names[field]
+        column = self.names[field]
         return () if column is None else (column,)
 
     def read(self, row: SourceRow) -> Reading:
@@ -156,7 +157,7 @@ class Columns:
                 columns = (SOURCE_COLUMN.get(field, field), *columns)
             if source and field == self._source:
                 columns = tuple(c for c in columns if c in MADE) or columns
-            elif source and field not in self._names and field not in kept:
+            elif source and field not in self.names and field not in kept:
                 continue
             found = tuple(c for c in dict.fromkeys(columns) if c in names)
             if len(found) > 1:

@@ -27,6 +27,8 @@ class SourceRow:
     """Line in a text file, row number elsewhere; both count from 1."""
     values: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
+    header: tuple[str, ...] = ()
+    """The columns of a table whose rows leave out their empty cells."""
 
 
 def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[SourceRow]:
@@ -44,6 +46,7 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Sourc
         raise InvalidJob(f"input {name}: header: {error}") from None
     if not header or len(set(header)) < len(header) or any(not is_text(c) or not c for c in header):
         raise InvalidJob(f"input {name}: the header needs distinct, non-empty UTF-8 names, got {header}")
+    columns = tuple(header)
     while True:
         line = reader.line_num + 1
         try:
@@ -62,7 +65,7 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Sourc
             continue
         # An empty cell cannot tell "absent" from "empty"; only an empty prompt means something.
         values = {c: v for c, v in zip(header, cells, strict=True) if v or c == "prompt"}
-        yield checked(name, line, values)
+        yield checked(name, line, values, columns)
 
 
 def read_tsv(file: IO[bytes], name: str) -> Iterator[SourceRow]:
@@ -95,12 +98,12 @@ def read_text(file: IO[bytes], name: str) -> Iterator[SourceRow]:
             yield checked(name, line, {"prompt": prompt})
 
 
-def checked(name: str, line: int, values: dict[str, Any]) -> SourceRow:
+def checked(name: str, line: int, values: dict[str, Any], header: tuple[str, ...] = ()) -> SourceRow:
     """The row, unless some text in it is no Unicode (undecodable bytes, lone surrogates)."""
     for column, value in values.items():
         if not (is_text(column) and is_text(value)):
             return SourceRow(name, line, problem=f"line {line}, column {column!r}: not valid UTF-8")
-    return SourceRow(name, line, values)
+    return SourceRow(name, line, values, header=header)
 
 
 def is_text(value: object) -> bool:

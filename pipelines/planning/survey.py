@@ -35,6 +35,8 @@ class Survey:
         self._source, self._rules = source, rules
         self.rows = 0
         columns: dict[str, None] = {}
+        header: dict[str, None] = {}
+        self._problem = ""
         user = UserColumns(source.schema(), source.features)
         rules.classes = {
             name: feature["names"]
@@ -47,6 +49,9 @@ class Survey:
         for row in source.rows():
             self.rows += 1
             columns.update(dict.fromkeys(row.values))
+            header.update(dict.fromkeys(row.header))
+            if row.problem is not None and not self._problem:
+                self._problem = f"{row.file}:{row.line}: {row.problem}"
             reading = rules.columns.read(row)
             user.observe(self._carried(reading))
             if row.problem is None:
@@ -55,7 +60,9 @@ class Survey:
                     self._ids.add_derived(content_hash(row))
                 else:
                     self._ids.add_given(text_hash(reading.key))
-        self._check_columns(columns, placed=placed > 0)
+        if all(name in columns for name in COUNT_COLUMNS):
+            raise InvalidJob(f"the input has both columns {' and '.join(COUNT_COLUMNS)}; they mean the same")
+        self._check_columns({**columns, **header}, placed=placed > 0)
         if 0 < placed < len(self._ids):
             raise InvalidJob(
                 f"{placed} rows name their image by row_id and index, the others do not: use one way"
@@ -103,9 +110,14 @@ class Survey:
         return pa.schema([*fields, *rules.kind.fields.items()])
 
     def _check_columns(self, columns: Mapping[str, None], *, placed: bool) -> None:
-        rules, has = self._rules, ", ".join(columns) or "no readable row"
+        rules, has = self._rules, ", ".join(columns) or "none"
+        if self._problem and not columns:
+            has = f"no readable row, the first is {self._problem}"
         if not self.rows:
             return
+        for name, column in rules.columns.names.items():
+            if column is not None and column not in columns and not placed:
+                raise InvalidJob(f"columns.{name}: the input has no column {column!r}; it has {has}")
         made = {*rules.defaults, *rules.templates, *(name for v in rules.variants for name in v.values)}
         for name in ("prompt", *rules.kind.needs):
             looked = rules.columns.looked_for(name)
@@ -121,8 +133,6 @@ class Survey:
             if odd := sorted(template.names - known):
                 where = f"templates.{template.field}"
                 raise InvalidJob(f"{where}: the input has no column {odd[0]!r}; it has {has}")
-        if all(name in columns for name in COUNT_COLUMNS):
-            raise InvalidJob(f"the input has both columns {' and '.join(COUNT_COLUMNS)}; they mean the same")
 
     def _check_unique(self) -> None:
         count, suspects = self._ids.suspects()

@@ -163,6 +163,13 @@ def test_rejected_rows_and_data_can_be_fed_back(place: Place) -> None:
     ("name", "text", "message"),
     [
         ("a.csv", "text\nx\n", "no column 'prompt'; it has text"),
+        (
+            "a.csv",
+            "prompt,label\nx\ny\n",
+            "no readable row, the first is a.csv:2: line 2 has 1 cells, the header has 2",
+        ),
+        ("a.jsonl", "\n{broken\n", "no readable row, the first is a.jsonl:2: line 2 is no JSON: Expecting"),
+        ("a.jsonl", "{}\n", "no column 'prompt'; it has none"),
         ("a.csv", "", "header"),
         ("a.csv", "prompt,prompt\nx,y\n", "distinct"),
         ("a.csv", "prompt,n,images_per_prompt\nx,1,1\n", "mean the same"),
@@ -175,6 +182,25 @@ def test_an_unusable_table_starts_nothing(place: Place, name: str, text: str, me
     with pytest.raises(InvalidJob, match=message):
         place.job(place.write(text, name))
     assert not place.begun()
+
+
+def test_a_named_column_that_is_not_there_starts_nothing(place: Place) -> None:
+    table = place.write("prompt,label,seed\nx,y,3\n")
+    with pytest.raises(InvalidJob) as caught:
+        place.job(table, columns={"seed": "sedd"})
+    assert str(caught.value) == "columns.seed: the input has no column 'sedd'; it has prompt, label, seed"
+    with pytest.raises(InvalidJob, match=r"columns\.prompt: the input has no column 'caption'"):
+        place.job(table, columns={"prompt": "caption"})
+    empty = place.write("prompt,own\nx,\n", "empty.csv")
+    assert place.job(empty, columns={"seed": "own"}).images == 1, "a column may be empty, as with a limit"
+
+
+def test_rows_that_diffray_wrote_are_read_by_its_names_whatever_columns_the_job_names(place: Place) -> None:
+    options = {"columns": {"prompt": "caption", "seed": "own"}}
+    place.job(place.write("caption,own\nPOISON,3\n"), "one", **options)
+    place.job(str(place.path / "one/rejected"), "two", **options)
+    [one], [two] = place.rows("one", "rejected"), place.rows("two", "rejected")
+    assert [two[k] for k in ("id", "prompt", "seed")] == [one[k] for k in ("id", "prompt", "seed")]
 
 
 def test_a_corrected_table_may_use_the_same_output(place: Place) -> None:
