@@ -118,6 +118,7 @@ class RowRules:
         self._settings = SettingsOf(
             self.kind, models, self.defaults, adapters=adapters, several=bool(config.models)
         )
+        self._settings.check_sweep(self.variants)
 
     def _check_names(self) -> None:
         config, task = self._config, self._config.task

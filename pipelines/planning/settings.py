@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from PIL import Image
@@ -67,16 +68,43 @@ class SettingsOf:
         self._kind, self._models, self._adapters, self._several = kind, models, adapters, several
         self._defaults = {name: value for name, value in defaults.items() if name not in _PER_ROW}
         self._known: dict[str, Settings | InvalidRequest] = {}
-        sources = kind.needs or (("init_image",) if "strength" in defaults else ())
         for name, model in models.items():
             kind.check_model(model, name)
-            picks = {"model": name} if several else {}
             try:
-                texts = {n: parsed(n, defaults[n]) for n in (*TEXTS, "seed") if defaults.get(n) is not None}
-                ImageRequest(**texts)
-                self._checked({**self._defaults, **picks}, sources)
+                self._check_alone(defaults, name)
             except InvalidRequest as error:
                 raise InvalidJob(f"defaults: {error}") from None
+
+    def check_sweep(self, variants: Sequence[Variant]) -> None:
+        """Refuse a swept value with which no combination can be made.
+
+        Raises:
+            InvalidJob: naming the value, and what is allowed.
+        """
+        good: set[tuple[str, str]] = set()
+        bad: dict[tuple[str, str], InvalidRequest] = {}
+        for values in (variant.values for variant in variants):
+            pairs = {name: (name, repr(value)) for name, value in values.items()}
+            if good.issuperset(pairs.values()):
+                continue
+            # What only the defaults contradict is its row's matter, which may say something else than they do.
+            for base, model in product((self._defaults, {}), self._models):
+                try:
+                    self._check_alone({**base, **values}, model)
+                    good.update(pairs.values())
+                except InvalidRequest as error:
+                    if error.field in pairs:
+                        bad.setdefault(pairs[error.field], error)
+        if wrong := next((pair for pair in bad if pair not in good), None):
+            raise InvalidJob(f"sweep.{wrong[0]}: {bad[wrong].reason}")
+
+    def _check_alone(self, values: Mapping[str, Any], model: str) -> None:
+        """Refuse values that are not allowed together, whatever a row brings."""
+        texts = {n: parsed(n, values[n]) for n in (*TEXTS, "seed") if values.get(n) is not None}
+        ImageRequest(**texts)
+        others = {name: value for name, value in values.items() if name not in _PER_ROW}
+        sources = self._kind.needs or (("init_image",) if "strength" in values else ())
+        self._checked({**({"model": model} if self._several else {}), **others}, sources)
 
     def of(
         self,

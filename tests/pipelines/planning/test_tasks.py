@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from diffray.pipelines import InvalidJob, retry_rejected
-from diffray.pipelines.planning.rows import derived_seed
+from diffray.pipelines.planning.rows import RowRules, derived_seed
 
 from ..conftest import Place, in_process
-from ..fake import FakeModels
+from ..fake import CONFIG, FakeModels
 
 
 def flat(colour: str = "red", size: tuple[int, int] = (32, 24)) -> Image.Image:
@@ -108,6 +108,17 @@ def test_variants_keep_ids_and_seeds_when_rows_and_values_are_added(place: Place
         ({"sweep": {"steps": [1, 1]}}, "each once"),
         ({"sweep": {"steps": {"from": 1, "to": 20_000, "step": 1}}}, "20000 combinations"),
         ({"sweep": {"model": ["a"]}}, "sweep.model"),
+        (
+            {"sweep": {"sampler": ["euler", "eulr"]}},
+            r"sweep\.sampler: got 'eulr', did you mean euler or .* allowed is one of euler,",
+        ),
+        (
+            {"sweep": {"steps": [3, 4], "width": [32, 20]}},
+            r"sweep\.width: got 20, allowed is a multiple of 8",
+        ),
+        ({"sweep": {"prompt": ["x", 5]}}, r"sweep\.prompt: got int, allowed is text"),
+        ({"sweep": {"seed": [1, -1]}}, r"sweep\.seed: got -1, allowed is 0\.\."),
+        ({"sweep": {"adapters": ["ink"]}}, r"sweep\.adapters: got 'ink', allowed is none"),
         ({"defaults": {"left": 8}}, "defaults.left: no such field of task generate"),
         ({"defaults": {"steps": 0}}, "defaults: steps"),
         ({"task": "edit"}, "sd1 text, needed is edit"),
@@ -121,6 +132,25 @@ def test_a_job_that_contradicts_itself_starts_nothing(
     with pytest.raises(InvalidJob, match=message):
         place.job(place.write("prompt\nx\n"), **values)
     assert not place.begun()
+
+
+def test_a_sweep_may_hold_what_only_some_rows_models_and_combinations_allow(place: Place) -> None:
+    table = place.write("prompt,guidance_stop\nx,1\ny,\n")
+    swept = {"guidance_start": [0.1, 0.8], "weather": ["rain"]}
+    options = {
+        "sweep": swept,
+        "defaults": {"guidance_stop": 0.5},
+        "templates": {"prompt": "{prompt} {weather}"},
+    }
+    result = place.job(table, "rows", **options)
+    assert (result.images, result.rejected) == (3, 1)
+    models = {"plain": {"device": "cpu"}, "inked": {"adapters": {"ink": "ink.safetensors"}}}
+    several = place.config(table, model={}, models=models, sweep={"adapters": ["ink:0.5"]})
+    RowRules(several, dict.fromkeys(models, CONFIG), "")
+    save(place, flat(), "a.png")
+    pictures = place.write("prompt,init_image\nx,a.png\ny,\n", "in/t.csv")
+    result = place.job(pictures, "strength", sweep={"strength": [0.5, 0.8]})
+    assert (result.images, result.rejected) == (2, 2)
 
 
 def test_a_template_without_its_value_rejects_that_row_only(place: Place) -> None:
