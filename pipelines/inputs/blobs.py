@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from posixpath import dirname, join
+from posixpath import basename, dirname, join
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -62,6 +62,8 @@ class Blobs:
         self._limit, self._storage, self._planned, self._exact = limit, storage, planned, exact
         self._places = places + SPARE
         self.moves = 0
+        self._seen = set[str]()
+        """Tars of the input that have the planned size."""
         self._tables: OrderedDict[tuple[bool, str], Table] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -88,15 +90,17 @@ class Blobs:
         start, size = reference.offset, reference.bytes
         if size > self._limit:
             raise BlobError(f"{reference}: got {size} bytes, allowed are {self._limit}")
-        data = self._patiently(
-            reference.file,
-            inside,
-            lambda fs, path: fs.cat_file(path, start=start, end=start + size),
-            planned=inside,
-        )
+
+        def read(fs: Any, path: str) -> bytes:
+            if inside and path not in self._seen:
+                self._check_size(fs, path)
+                self._seen.add(path)
+            return bytes(fs.cat_file(path, start=start, end=start + size))
+
+        data = self._patiently(reference.file, inside, read, planned=inside)
         if len(data) != size:
             raise _changed(inside, f"{reference}: the file ends after {len(data)} of {size} bytes")
-        return bytes(data)
+        return data
 
     def _file(self, path: str, inside: bool, planned: str | None = None) -> bytes:
         def look(fs: Any, full: str) -> Mapping[str, Any]:
@@ -152,9 +156,18 @@ class Blobs:
         if path.endswith(LANCE):
             url = lance_url(fs, path)
             return LanceTable(url, self._storage(url), self._planned if inside else None)
+        if inside:
+            self._check_size(fs, path)
         if path.endswith(".parquet"):
             return ParquetTable(fs, path, self._places, self._moved)
         return ArrowTable(fs, path)
+
+    def _check_size(self, fs: Any, path: str) -> None:
+        """Refuse a file of the input that is not as large as the one that was planned."""
+        name, planned = basename(path), self._planned or ()
+        sizes = {entry["bytes"] for entry in planned if entry["name"] == name and "bytes" in entry}
+        if sizes and (now := fs.size(path)) not in sizes:
+            raise _changed(True, f"{name} has {now} bytes, planned were {min(sizes)}")
 
     def _patiently(self, path: str, inside: bool, read: Callable[[Any, str], T], *, planned: bool) -> T:
         """`read(filesystem, full path)`; what is missing is the row's fault unless the plan has seen it, all else is

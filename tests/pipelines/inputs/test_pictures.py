@@ -241,7 +241,7 @@ def test_references_to_nothing_say_so(place: Place, text: str, message: str) -> 
     assert blobs.read("input:t.parquet#row=0&column=image") == b"i"
 
 
-@pytest.mark.parametrize("change", ["gone", "shorter"])
+@pytest.mark.parametrize("change", ["gone", "shorter", "others"])
 def test_an_input_that_changes_under_a_job_stops_it(place: Place, change: str) -> None:
     blob = data(Image.new("RGB", (16, 16), "red"))
     path = place.path / "t.parquet"
@@ -251,6 +251,9 @@ def test_an_input_that_changes_under_a_job_stops_it(place: Place, change: str) -
         path.unlink()
         if change == "shorter":
             pq.write_table(pa.table({"prompt": ["x"], "image": [blob]}), path)
+        if change == "others":
+            other = data(Image.new("RGB", (16, 16), "darkorchid"), "BMP")
+            pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [other] * 6}), path)
         return in_process(*arguments)
 
     config = place.config(str(path), task="augment")
