@@ -14,9 +14,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from posixpath import commonpath
 
-from .config import InvalidJob, JobConfig
+from .config import JobConfig
 from .inputs.source import Source
 from .making.actors import generate_on_ray
 from .making.models import Models
@@ -24,7 +23,15 @@ from .making.pools import Pulse
 from .making.worker import Share
 from .metrics import JobMeter
 from .outputs.commit import committed, read_commits, totals
-from .outputs.fingerprint import check, fingerprint, is_shown, record, record_pages, refuse_foreign
+from .outputs.fingerprint import (
+    check,
+    fingerprint,
+    is_shown,
+    record,
+    record_pages,
+    refuse_entangled,
+    refuse_foreign,
+)
 from .outputs.lock import Lock
 from .outputs.store import Store
 from .planning.growth import grow
@@ -84,7 +91,7 @@ def run(
     models = models or Models(config.storage)
     config = config.placed()
     source = Source(config.inputs, config.storage_options, config.limit)
-    _apart(source, store)
+    refuse_entangled(store, source)
     kinds = {name: models.config(options) for name, options in config.every_model.items()}
     identities = {name: models.identity(options) for name, options in config.every_model.items()}
     mine, files = fingerprint(config, kinds, identities), source.fingerprint()
@@ -175,18 +182,3 @@ def result(store: Store, config: JobConfig, plan: Plan, made: int, started: floa
     config.check_rejected(totals["rejected"], plan.images, where)
     seconds = time.monotonic() - started
     return JobResult(store.url, totals["images"], totals["rejected"], plan.shards, made, seconds)
-
-
-def _apart(source: Source, store: Store) -> None:
-    """Refuse outputs that could never be right: a root, or a folder that holds the input or would become part of it."""
-    root = store.path("").rstrip("/")
-    if not store.url or root.count("/") < 1:
-        raise InvalidJob(f"output {store.url!r}: give a folder of its own")
-    for path in source.files:
-        if path.startswith(f"{root}/") and commonpath([path, root]) == root:
-            raise InvalidJob(f"output {store.url} holds the input {path}: choose another folder")
-    if source.looks_into(root):
-        raise InvalidJob(
-            f"output {store.url} is inside the input {source.root} and would be read as input by the next run: "
-            "choose a folder elsewhere, or one whose name begins with _"
-        )

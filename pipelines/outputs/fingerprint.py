@@ -7,12 +7,14 @@ import socket
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from posixpath import commonpath
 from typing import Any
 
 from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
-from ..config import JobConfig
+from ..config import InvalidJob, JobConfig
+from ..inputs.source import Source
 from ..making.scores import facts as facts_of
 from .store import Store
 
@@ -108,6 +110,25 @@ def refuse_foreign(store: Store) -> None:
     foreign = [] if store.exists(JOB) else [name for name in store.list() if name != "_diffray"]
     if foreign:
         raise JobConflict(f"{store.url} is not empty ({', '.join(foreign[:5])}) and holds no diffray job")
+
+
+def refuse_entangled(store: Store, source: Source) -> None:
+    """Refuse outputs that could never be right: a root, or a folder that holds the input or would become part of it.
+
+    Raises:
+        InvalidJob: naming both.
+    """
+    root = store.path("").rstrip("/")
+    if not store.url or root.count("/") < 1:
+        raise InvalidJob(f"output {store.url!r}: give a folder of its own")
+    for path in source.files:
+        if path.startswith(f"{root}/") and commonpath([path, root]) == root:
+            raise InvalidJob(f"output {store.url} holds the input {path}: choose another folder")
+    if source.looks_into(root):
+        raise InvalidJob(
+            f"output {store.url} is inside the input {source.root} and would be read as input by the next run: "
+            "choose a folder elsewhere, or one whose name begins with _"
+        )
 
 
 def check(store: Store, mine: dict[str, Any]) -> None:

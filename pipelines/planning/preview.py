@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
+
+from diffray.model.config import ModelConfig
 
 from ..config import JobConfig
 from ..inputs.source import Source
 from ..inputs.sources import Sources
 from ..making.models import Models
-from .plan import cut, planned
+from ..outputs.commit import committed
+from ..outputs.fingerprint import check, fingerprint, refuse_entangled, refuse_foreign
+from ..outputs.store import Store
+from .plan import cut, planned, read_plan, stamps_of
+from .replaced import check_sources
 from .rows import PlannedImage
 
 REASONS = 5
@@ -26,6 +32,7 @@ class Preview:
 
     Attributes:
         rows, images, rejected, shards: as `Plan` would have them.
+        output: what is there already.
         work: pixel-steps of all images, as far as it can be told without reading pictures.
         models: images of each model, where the job has several.
         reasons: the first rejected rows, each on a line.
@@ -40,6 +47,7 @@ class Preview:
     images: int = 0
     rejected: int = 0
     shards: int = 0
+    output: str = ""
     work: float = 0.0
     models: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
@@ -57,6 +65,7 @@ class Preview:
         for name, count in sorted(self.models.items()):
             yield f"          {count} with model {name}"
         yield f"shards    {self.shards}"
+        yield f"output    {self.output}"
         yield f"work      {self.work / 1e6:.4g} megapixel-steps"
         if self.read:
             yield f"read      {', '.join(self.read)}"
@@ -88,16 +97,18 @@ def preview(
 
     Raises:
         InvalidJob: config or input are wrong as a whole.
+        JobConflict: the output holds something else, or this job with what changed since.
     """
     config, models = config.placed(), models or Models(config.storage)
     kinds = {name: models.config(options) for name, options in config.every_model.items()}
     source = Source(config.inputs, config.storage_options, config.limit)
+    output = _output(config, models, kinds, source)
     survey, images = planned(config, kinds, source)
     read = [
         name if [name] == list(columns) else f"{name} ({' or '.join(columns)})"
         for name, columns in survey.used.items()
     ]
-    found = Preview(config.task, rows=survey.rows, read=read, columns=survey.user.schema.names)
+    found = Preview(config.task, rows=survey.rows, output=output, read=read, columns=survey.user.schema.names)
     first: list[PlannedImage] = []
     name = next(iter(config.every_model))
     for shard in cut(images, config.shards):
@@ -123,6 +134,21 @@ def preview(
         found.seconds = found.work * seconds / work
         found.basis = f"on one engine such as the one here, which made {count} images in {seconds:.1f} s"
     return found
+
+
+def _output(config: JobConfig, models: Models, kinds: Mapping[str, ModelConfig], source: Source) -> str:
+    """What the output holds, as far as a run would go on with it."""
+    store = Store(config.output, config.storage_options(config.output))
+    refuse_entangled(store, source)
+    refuse_foreign(store)
+    plan = read_plan(store)
+    if plan is None:
+        return "new"
+    identities = {name: models.identity(options) for name, options in config.every_model.items()}
+    check(store, fingerprint(config, kinds, identities))
+    grew = "" if plan.input == source.fingerprint() else "; the input is not what was planned"
+    check_sources(store, config, plan, stamps_of(config, source))
+    return f"{len(committed(store))} of {plan.shards} shards are there{grew}"
 
 
 def _measured(config: JobConfig, models: Models, images: list[PlannedImage]) -> tuple[int, float, float]:
