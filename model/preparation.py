@@ -70,13 +70,7 @@ def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int, Has
     """
     model.adapters.check(request.adapters)
     resolved = request.resolved(model.config)
-    second = refinement(resolved, model.config)
-    steps = table_for(model, resolved).steps
-    if second is not None:
-        try:
-            steps += table_for(model, second).steps
-        except InvalidRequest as error:
-            raise InvalidRequest(f"hires_{error.field}", error.reason) from error
+    steps = steps_of(model.config, resolved)
     chunks = len(model.text.tokenize(resolved.prompt)[0])
     negative = len(model.text.tokenize(resolved.negative_prompt or "", "negative_prompt")[0])
     most = min(tower.layers - tower.layer for tower in model.config.text) - 1
@@ -86,6 +80,22 @@ def checked(model: Model, request: ImageRequest) -> tuple[ImageRequest, int, Has
         chunks = max(chunks, negative)
     adapters = model.adapters.of_unet(resolved.adapters)
     return resolved, steps, (*_latent_shape(model, resolved), chunks * model.text.positions, adapters)
+
+
+def steps_of(config: ModelConfig, resolved: ImageRequest) -> int:
+    """The steps of a resolved request in all passes.
+
+    Raises:
+        InvalidRequest: none is left to run, or sampler, schedule and steps do not go together.
+    """
+    second = refinement(resolved, config)
+    steps = table_for(config, resolved).steps
+    if second is not None:
+        try:
+            steps += table_for(config, second).steps
+        except InvalidRequest as error:
+            raise InvalidRequest(f"hires_{error.field}", error.reason) from error
+    return steps
 
 
 @torch.inference_mode()
@@ -101,7 +111,7 @@ def prepare(model: Model, request: ImageRequest, generator: torch.Generator | No
         CheckpointError: an adapter's file turns out to be broken.
     """
     model.adapters.load(request.adapters)
-    table = table_for(model, request)
+    table = table_for(model.config, request)
     draw = Draw(generator or torch.Generator().manual_seed(request.seed), model.device)
     shape = _latent_shape(model, request)
     source = _source(model, request)
@@ -177,11 +187,11 @@ def second_pass(model: Model, first: ImageRequest, latents: Tensor) -> ImageRequ
     return replace(second, init_latents=F.interpolate(latents[None], size=size, mode=mode)[0])
 
 
-def table_for(model: Model, request: ImageRequest) -> SamplerTable:
+def table_for(config: ModelConfig, request: ImageRequest) -> SamplerTable:
     """The sampler table of a resolved request; equal requests share one."""
-    strength = None if model.config.task in ("edit", "upscale") else request.strength
+    strength = None if config.task in ("edit", "upscale") else request.strength
     return _table(
-        model.config.noise,
+        config.noise,
         request.sampler or "",
         request.schedule,
         request.steps or 1,
@@ -190,7 +200,7 @@ def table_for(model: Model, request: ImageRequest) -> SamplerTable:
         strength,
         request.denoising_start,
         request.denoising_end,
-        "sdxl" if model.config.family.startswith("sdxl") else "sd1",
+        "sdxl" if config.family.startswith("sdxl") else "sd1",
     )
 
 

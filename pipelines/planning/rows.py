@@ -169,7 +169,8 @@ class RowRules:
             texts = self._texts(reading, variant)
             sources = self._sources(reading, texts)
             own |= sources
-            settings = self._settings.of(given, variant, tuple(sources), self.variables)
+            certain = bool(self.kind.needs) or not isinstance(sources.get("init_image"), Reference)
+            settings = self._settings.of(given, variant, tuple(sources), self.variables, certain=certain)
             own |= settings.own
             if "prompt" not in texts:
                 raise InvalidRequest("prompt", "got nothing, every row needs one (it may be empty)")

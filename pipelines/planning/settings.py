@@ -13,6 +13,7 @@ from PIL import Image
 from diffray.model.adapters.choices import check_known
 from diffray.model.config import ModelConfig
 from diffray.model.errors import InvalidRequest
+from diffray.model.preparation import steps_of
 from diffray.model.request import ImageRequest
 
 from ..config import InvalidJob
@@ -112,6 +113,8 @@ class SettingsOf:
         variant: Variant,
         sources: tuple[str, ...],
         variables: Sequence[str],
+        *,
+        certain: bool = True,
     ) -> Settings:
         """The settings of a row.
 
@@ -120,12 +123,13 @@ class SettingsOf:
             variant: the combination of swept values.
             sources: which pictures the row brings.
             variables: swept names that are no fields.
+            certain: whether these pictures are there; the cell of a table may be empty.
 
         Raises:
-            InvalidRequest: a value that is not allowed.
+            InvalidRequest: a value that is not allowed, or values that leave no step to run.
         """
         own = {name: value for name, value in given.items() if name not in _PER_ROW}
-        key = f"{variant.id}{sources}{own}"
+        key = f"{variant.id}{sources}{certain}{own}"
         found = self._known.get(key)
         if found is None:
             skipped = _PER_ROW.union(variables)
@@ -134,7 +138,7 @@ class SettingsOf:
             if "init_image" not in sources:
                 base.pop("strength", None)  # it speaks of rows that have a source picture
             try:
-                found = self._checked({**base, **own, **swept}, sources)
+                found = self._checked({**base, **own, **swept}, sources, whole=certain)
             except InvalidRequest as error:
                 found = error
             if len(self._known) >= REMEMBERED:
@@ -144,7 +148,8 @@ class SettingsOf:
             raise InvalidRequest(found.field, found.reason)
         return found
 
-    def _checked(self, values: dict[str, Any], sources: Sequence[str]) -> Settings:
+    def _checked(self, values: dict[str, Any], sources: Sequence[str], *, whole: bool = False) -> Settings:
+        """The settings; `whole` says that nothing is added to the values, so that their steps must work out."""
         name = values.pop("model", next(iter(self._models))) if self._several else ""
         if name not in self._models:
             raise InvalidRequest("model", f"got {shown(name)}, allowed is one of {', '.join(self._models)}")
@@ -162,13 +167,13 @@ class SettingsOf:
         if self._kind.task in ("encode", "decode"):
             planned, work = request, float(model.defaults.width * model.defaults.height)
         else:
-            planned, work = self._trial(request, model, sources)
+            planned, work = self._trial(request, model, sources, whole=whole)
             work *= float(own.get("scale", 2)) ** 2 if enlarged else 1.0
         parameters = {n: v for n, v in planned.parameters().items() if n not in (*TEXTS, "seed")}
         return Settings(name, json.dumps(parameters), own, work)
 
     def _trial(
-        self, request: ImageRequest, model: ModelConfig, sources: Sequence[str]
+        self, request: ImageRequest, model: ModelConfig, sources: Sequence[str], *, whole: bool
     ) -> tuple[ImageRequest, float]:
         """The request resolved with blank pictures in place of its sources, and its work."""
         names = {name for name in PICTURE_FIELDS if name in sources}
@@ -178,6 +183,8 @@ class SettingsOf:
         blank = Image.new("1", (model.defaults.width // shrunk, model.defaults.height // shrunk))
         pictures: dict[str, Any] = dict.fromkeys(names, blank)
         resolved = replace(request, **pictures).resolved(model)
+        if whole:
+            steps_of(model, resolved)
         if not names:
             return resolved, resolved.cost * 1e6
         open_again: dict[str, Any] = {

@@ -60,9 +60,9 @@ CONFIG = ModelConfig(
     ),
     text=(),
     noise=NoiseConfig(
-        beta_start=0.1,
-        beta_end=0.2,
-        beta_schedule="linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
         train_steps=1000,
         zero_terminal_snr=False,
         prediction_type="epsilon",

@@ -153,6 +153,42 @@ def test_a_sweep_may_hold_what_only_some_rows_models_and_combinations_allow(plac
     assert (result.images, result.rejected) == (2, 2)
 
 
+def test_strength_that_leaves_no_step_is_rejected_by_the_plan(place: Place) -> None:
+    save(place, flat(), "a.png")
+    table = place.write(
+        "prompt,init_image,strength,steps\nx,a.png,0.3,2\ny,a.png,,\nz,a.png,0.3,4\n", "in/t.csv"
+    )
+    place.job(table, "rows", task="augment")
+    [row] = place.rows("rows", "rejected")
+    assert (row["prompt"], row["stage"], row["field"], row["attempts"]) == ("x", "plan", "strength", 0)
+    assert row["reason"] == "0.3 of 2 steps leaves none to run, allowed is more"
+    place.job(table, "defaults", task="augment", defaults={"strength": 0.2})
+    assert [(r["prompt"], r["stage"]) for r in place.rows("defaults", "rejected")] == [
+        ("x", "plan"),
+        ("y", "plan"),
+    ]
+    place.job(table, "upscale", task="upscale", columns={"strength": None}, defaults={"steps": 2})
+    assert [r["reason"] for r in place.rows("upscale", "rejected")] == [
+        f"0.35 of {steps} steps leaves none to run, allowed is more" for steps in (2, 2)
+    ]
+    place.job(table, "hires", columns={"init_image": None, "strength": None}, defaults={"hires_scale": 2})
+    assert place.job(table, "one", defaults={"hires_scale": 2, "hires_strength": 0.3}).rejected == 1
+    assert {(r["stage"], r["field"]) for r in place.rows("one", "rejected")} == {("plan", "strength")}
+    place.job(table, "two", defaults={"hires_scale": 2, "hires_strength": 0.1, "strength": 0.8})
+    assert {(r["stage"], r["field"]) for r in place.rows("two", "rejected")} == {
+        ("plan", "strength"),
+        ("plan", "hires_strength"),
+    }
+
+
+def test_strength_of_a_picture_that_may_be_missing_is_not_judged_by_the_plan(place: Place) -> None:
+    columns = {"prompt": ["x"], "init_image": pa.array([None], pa.binary())}
+    pq.write_table(pa.table(columns), place.path / "t.parquet")
+    result = place.job(str(place.path / "t.parquet"), defaults={"strength": 0.2, "steps": 2})
+    assert (result.images, result.rejected) == (1, 0)
+    assert place.rows()[0]["strength"] is None
+
+
 def test_a_template_without_its_value_rejects_that_row_only(place: Place) -> None:
     rows = [{"label": "car"}, {"label": None}, {"label": {"a": 1}}, {"label": 3.0}]
     table = place.write("\n".join(map(json.dumps, rows)), "r.jsonl")
