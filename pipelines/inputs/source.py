@@ -74,6 +74,8 @@ class Source:
             try:
                 self._fs, path = open_storage(url, storage(url))
                 found.append(expanded(self._fs, path))
+            except InvalidJob:
+                raise
             except (ValueError, ImportError, OSError) as error:
                 raise InvalidJob(f"input {url}: {error}") from None
             if not found[-1].files:

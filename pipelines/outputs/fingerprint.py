@@ -122,7 +122,7 @@ def refuse_entangled(store: Store, source: Source) -> None:
     if not store.url or root.count("/") < 1:
         raise InvalidJob(f"output {store.url!r}: give a folder of its own")
     for path in source.files:
-        if path.startswith(f"{root}/") and commonpath([path, root]) == root:
+        if path == root or (path.startswith(f"{root}/") and commonpath([path, root]) == root):
             raise InvalidJob(f"output {store.url} holds the input {path}: choose another folder")
     if source.looks_into(root):
         raise InvalidJob(

@@ -34,5 +34,7 @@ def test_it_refuses_outputs_that_a_run_would_refuse(place: Place) -> None:
     place.write("mine", "other/thesis.doc")
     with pytest.raises(InvalidJob, match="holds the input"):
         preview(place.config(table, "in"), models=fake.FakeModels())
+    with pytest.raises(InvalidJob, match="holds the input"):
+        preview(place.config(table, "in/t.csv"), models=fake.FakeModels())
     with pytest.raises(JobConflict, match=r"thesis\.doc"):
         preview(place.config(table, "other"), models=fake.FakeModels())
