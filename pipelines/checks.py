@@ -106,8 +106,12 @@ class Checks(Strict):
         if double:
             raise ValueError(f"scorers: columns {', '.join(double)} are there already")
         numbers = {n for s in self.scorers for n, kind in s.columns.items() if kind in ("float", "int")}
-        numbers |= {n for n, kind in MEASURES.items() if kind == "float"} if self.measures else set()
-        numbers |= ({"clip_score"} if self.clip else set()) | ({"nsfw_score"} if self.safety else set())
+        needs = {n: "measures: true" for n, kind in MEASURES.items() if kind == "float" and not self.measures}
+        needs |= {} if self.clip else {"clip_score": "clip"}
+        needs |= {} if self.safety else {"nsfw_score": "safety"}
+        numbers |= {n for n, kind in (MEASURES | NETWORKS).items() if kind == "float"} - needs.keys()
+        if off := sorted(needs.keys() & self.limits.keys() - numbers):
+            raise ValueError(f"limits: {off[0]} needs {needs[off[0]]}")
         if unknown := sorted(self.limits.keys() - numbers):
             raise ValueError(
                 f"limits: no number columns {', '.join(unknown)}, there are {', '.join(sorted(numbers)) or 'none'}"

@@ -164,6 +164,13 @@ class Workers(Strict):
     address: str | None = None
     """Ray cluster to connect to; None starts Ray on this machine unless it is already up."""
 
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _is_count(cls, value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(r"\s*\d+\s*(-\s*\d+\s*)?", value):
+            raise ValueError("allowed is a number of engines, or a range such as 2-16")
+        return value
+
     @property
     def most(self) -> int | None:
         """Engines at most; None for as many as fit."""
@@ -238,8 +245,10 @@ class JobConfig(Strict):
             raise ValueError(f"task {self.task} has no text to encode: leave workers.text_encoders out")
         if self.models and self.model != ModelOptions():
             raise ValueError("give model or models, not both")
-        if len({repr(options) for options in self.models.values()}) < len(self.models):
-            raise ValueError("models: two names for the same options")
+        names: dict[str, str] = {}
+        for name, options in self.models.items():
+            if (other := names.setdefault(repr(options), name)) != name:
+                raise ValueError(f"models: {other} and {name} have the same options")
         return self
 
     def check_rejected(self, rejected: int, planned: int, where: str) -> None:
@@ -292,7 +301,7 @@ class JobConfig(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [f"  {line}" for line in complaints(error, cls)]
+            lines = [f"  {line}" for line in complaints(error, cls, values)]
             raise InvalidJob("\n".join(["the job config is not valid:", *lines])) from None
 
     @classmethod

@@ -41,6 +41,10 @@ class Place:
     variant: str | None
     index: int
 
+    def __str__(self) -> str:
+        variant = f"variant {self.variant!r}, " if self.variant else ""
+        return f"row_id {self.row_id!r}, {variant}index {self.index}"
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:

@@ -141,13 +141,14 @@ class Survey:
         places: dict[str, list[str]] = {}
         for row in self._source.rows():
             if row.problem is None:
-                key = self._rules.columns.read(row).key
-                key = _derived_id(content_hash(row)) if key is None else key
-                if text_hash(key) in suspects and len(where := places.setdefault(key, [])) < SHOWN:
-                    where.append(f"{row.file}:{row.line}")
+                reading = self._rules.columns.read(row)
+                key = _derived_id(content_hash(row)) if reading.key is None else reading.key
+                if text_hash(key) in suspects:
+                    where = places.setdefault(str(reading.place or repr(key)), [])
+                    where += [f"{row.file}:{row.line}"] if len(where) < SHOWN else []
         double = {key: where for key, where in places.items() if len(where) > 1}
         if double:
-            shown = "; ".join(f"{key!r} at {', '.join(where)}" for key, where in list(double.items())[:SHOWN])
+            shown = "; ".join(f"{key} at {', '.join(where)}" for key, where in list(double.items())[:SHOWN])
             raise InvalidJob(f"duplicate ids, each would overwrite the other ({count} in all): {shown}")
 
 

@@ -207,7 +207,8 @@ def test_a_scorer_that_cannot_be_imported_stops_the_job_before_it_begins(
 @pytest.mark.parametrize(
     ("checks", "message"),
     [
-        ({"limits": {"sharpness": [1, 2]}}, "no number columns sharpness"),
+        ({"limits": {"sharpness": [1, 2]}}, "limits: sharpness needs measures: true"),
+        ({"limits": {"clip_score": [1, 2]}, "measures": True}, "limits: clip_score needs clip"),
         ({"limits": {"phash": [1, 2]}, "measures": True}, "no number columns phash"),
         ({"flagged": "reject"}, "needs safety"),
         ({"block": ["..."]}, "letter or digit"),

@@ -174,6 +174,11 @@ def test_rejected_rows_and_data_can_be_fed_back(place: Place) -> None:
         ("a.csv", "prompt,prompt\nx,y\n", "distinct"),
         ("a.csv", "prompt,n,images_per_prompt\nx,1,1\n", "mean the same"),
         ("a.csv", "id,prompt\nk,x\nj,y\nk,z\n", "'k' at a.csv:2, a.csv:4"),
+        (
+            "a.csv",
+            "prompt,row_id,variant,index\nx,a,v,3\ny,a,v,3\nz,b,,0\nz,b,,0\n",
+            r"all\): row_id 'a', variant 'v', index 3 at a.csv:2, a.csv:3; row_id 'b', index 0 at a.csv:4, a.csv:5",
+        ),
         ("a.xlsx", "x", "allowed endings"),
         ("a.parquet", "not parquet", "Parquet"),
     ],
