@@ -30,6 +30,15 @@ ORIENTATION = 0x0112
 """The EXIF tag; from 5 to 8 it swaps the sides."""
 
 
+NEEDED_PICTURES = {
+    "inpaint": ("init_image", "mask"),
+    "edit": ("init_image",),
+    "upscale": ("init_image",),
+    "depth": ("init_image", "depth"),
+}
+"""Task of a model to the fields without which it makes no image."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """Everything that determines one image.
@@ -235,13 +244,7 @@ class ImageRequest:
         return width, height
 
     def _check_task(self, config: ModelConfig) -> None:
-        needs = {
-            "inpaint": ("init_image", "mask"),
-            "edit": ("init_image",),
-            "upscale": ("init_image",),
-            "depth": ("init_image", "depth"),
-        }
-        for wanted in needs.get(config.task, ()):
+        for wanted in NEEDED_PICTURES.get(config.task, ()):
             if getattr(self, wanted) is None:
                 raise InvalidRequest(wanted, f"got nothing, {config.task} models need one")
         if self.mask is not None and config.task not in ("text", "inpaint"):

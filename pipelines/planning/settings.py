@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -14,7 +14,7 @@ from diffray.model.adapters.choices import check_known
 from diffray.model.config import ModelConfig
 from diffray.model.errors import InvalidRequest
 from diffray.model.preparation import steps_of
-from diffray.model.request import ImageRequest
+from diffray.model.request import NEEDED_PICTURES, ImageRequest
 
 from ..config import InvalidJob
 from ..inputs.values import REQUEST_COLUMNS, parsed, shown
@@ -104,7 +104,8 @@ class SettingsOf:
         texts = {n: parsed(n, values[n]) for n in (*TEXTS, "seed") if values.get(n) is not None}
         ImageRequest(**texts)
         others = {name: value for name, value in values.items() if name not in _PER_ROW}
-        sources = self._kind.needs or (("init_image",) if "strength" in values else ())
+        image = ("init_image",) if "strength" in values else ()
+        sources = {*self._kind.needs, *NEEDED_PICTURES.get(self._models[model].task, image)}
         self._checked({**({"model": model} if self._several else {}), **others}, sources)
 
     def of(
@@ -148,7 +149,7 @@ class SettingsOf:
             raise InvalidRequest(found.field, found.reason)
         return found
 
-    def _checked(self, values: dict[str, Any], sources: Sequence[str], *, whole: bool = False) -> Settings:
+    def _checked(self, values: dict[str, Any], sources: Collection[str], *, whole: bool = False) -> Settings:
         """The settings; `whole` says that nothing is added to the values, so that their steps must work out."""
         name = values.pop("model", next(iter(self._models))) if self._several else ""
         if name not in self._models:
@@ -173,7 +174,7 @@ class SettingsOf:
         return Settings(name, json.dumps(parameters), own, work)
 
     def _trial(
-        self, request: ImageRequest, model: ModelConfig, sources: Sequence[str], *, whole: bool
+        self, request: ImageRequest, model: ModelConfig, sources: Collection[str], *, whole: bool
     ) -> tuple[ImageRequest, float]:
         """The request resolved with blank pictures in place of its sources, and its work."""
         names = {name for name in PICTURE_FIELDS if name in sources}

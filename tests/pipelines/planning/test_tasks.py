@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffray.pipelines import InvalidJob, retry_rejected
+from diffray.pipelines import InvalidJob, ModelOptions, preview, retry_rejected
 from diffray.pipelines.planning.rows import RowRules, derived_seed
 
 from ..conftest import Place, in_process
@@ -558,3 +559,29 @@ def test_rejected_rows_are_run_again_with_their_pictures(place: Place) -> None:
     result = retry_rejected(config.output, models=FakeModels(), generate=in_process)
     assert (result.images, result.rejected) == (4, 0)
     assert sum(row["init_image"] == "a.png" for row in place.rows()) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "pictures"),
+    [
+        ("generate", "inpaint", ("init_image", "mask")),
+        ("generate", "edit", ("init_image",)),
+        ("generate", "depth", ("init_image", "depth")),
+        ("augment", "depth", ("init_image", "depth")),
+    ],
+)
+def test_rows_may_bring_the_pictures_that_a_model_needs(
+    place: Place, task: str, kind: str, pictures: tuple[str, ...]
+) -> None:
+    class Models(FakeModels):
+        def config(self, options: ModelOptions) -> Any:
+            return replace(CONFIG, task=kind)
+
+    for name in pictures:
+        save(place, halves(0, 255) if name == "mask" else flat(), f"{name}.png")
+    header, row = ",".join(pictures), ",".join(f"{name}.png" for name in pictures)
+    table = place.write(f"prompt,{header}\nx,{row}\ny{',' * len(pictures)}\n", "in/t.csv")
+    columns = {name: name for name in pictures}
+    found = preview(place.config(table, task=task, columns=columns), models=Models())
+    assert (found.images, found.rejected) == (2, 1), "a row without them is rejected by itself"
+    assert "got nothing" in found.reasons[0]
