@@ -14,7 +14,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,6 @@ def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: 
     }
     found = Measurement(name, "image", 1, settings, machine.facts(device), machine.kind(device))
     runs: dict[str, list[list[Made]]] = {BARE: [], JOB: []}
-    _bare(place, requests, batch)
     found.yardstick.append(machine.yardstick(device, dtype))
     for _ in range(effort.blocks):
         block: dict[str, list[Made]] = {BARE: [], JOB: []}
@@ -84,6 +85,13 @@ def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: 
 
 
 def _bare(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
+    """In a new process, as the job's engine has one: a used one has its memory and kernels ready."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_made_here, place, requests, batch, torch.get_num_threads()).result()
+
+
+def _made_here(place: str, requests: Sequence[ImageRequest], batch: int, threads: int) -> Made:
+    torch.set_num_threads(threads)
     began = time.perf_counter()
     engine = Engine(load_model(place), batch_size=batch)
     loaded = time.perf_counter()
