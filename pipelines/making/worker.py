@@ -27,7 +27,7 @@ from ..outputs.parts import Made, Outcome, Output, Rejected
 from ..outputs.sample import Sample
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
-from ..planning.plan import read_plans, read_shard
+from ..planning.plan import picture_folders, read_plan, read_shard
 from ..planning.rows import PlannedImage
 from .attempts import Attempts
 from .images import Maker
@@ -112,13 +112,12 @@ class Worker:
         self._returned: set[int] = set()
         self._lock = SharedLock()
         kind = models.config(task.model)
-        plans = read_plans(store)
-        folders = {plan.pictures for plan in plans}
-        sources = Sources(task.config, kind, plans[-1].input if plans else None, folders)
+        plan = read_plan(store)
+        sources = Sources(task.config, kind, plan.input if plan else None, picture_folders(store))
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
-        sample = Sample.of(task.config, plans[-1] if plans else None)
+        sample = Sample.of(task.config, plan)
         encoding = task.config.encoding
         self._output = Output(
             {"jpeg": "jpg"}.get(encoding.format, encoding.format),

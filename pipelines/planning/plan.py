@@ -1,10 +1,11 @@
-"""The plan: every image of the job, in numbered shards that never change once written.
+"""The plan: every image of the job, in numbered shards whose images never change once written.
 
 Two passes over the input: the survey (`survey.py`), then one that writes shard after shard. A numbered record
 comes last and makes the plan final; until then a crashed plan is simply written again, with the same bytes.
 
 A plan only ever gets more shards: for new rows of an input that grew (`growth.py`), or to run rejected rows
-again (`upkeep.py`). Each time a record with the next number says what the plan is from then on.
+again (`upkeep/care.py`). Each time a record with the next number says what the plan is from then on. Only the stamps of
+rows that run again are renewed, until they are made: their source files may have been put right.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ def read_plan(store: Store) -> Plan | None:
 def read_plans(store: Store) -> list[Plan]:
     """Every plan that a job ever had, the first one first."""
     return [_read(store, number) for number in store.numbered(PLANS)]
+
+
+def picture_folders(store: Store) -> set[str]:
+    """Where the files that rows name by path were, each time that the job was planned."""
+    return {plan.pictures for plan in read_plans(store)}
 
 
 def _read(store: Store, number: int) -> Plan:

@@ -12,7 +12,7 @@ from ..inputs.stamps import Stamps, same
 from ..making.attempts import Attempts
 from ..outputs.commit import commit_path, read_commit
 from ..outputs.store import Store, side_by_side
-from .plan import Plan, read_plans, read_source_stamps
+from .plan import Plan, picture_folders, read_source_stamps
 
 SAMPLE = 20_000
 """Images whose source files are looked at: an object store answers for about a thousand in a second."""
@@ -35,7 +35,8 @@ def check_sources(store: Store, config: JobConfig, plan: Plan, stamps: Stamps) -
     """
     if not plan.stamped:
         return
-    columns, exact = [*source_columns(config).values()], unmoved(store, stamps.folder)
+    columns = [*source_columns(config).values()]
+    exact = picture_folders(store) <= {stamps.folder}
 
     def changed(number: int) -> dict[str, str]:
         planned = read_source_stamps(store, number, columns)
@@ -66,8 +67,3 @@ def _rejected(store: Store, number: int) -> Collection[str]:
     if store.exists(commit_path(number)):
         return read_commit(store, number).reasons
     return Attempts.read(store, number, 0, 1, patient=True).verdicts
-
-
-def unmoved(store: Store, folder: str) -> bool:
-    """Whether `folder` is where the pictures were each time that the job was planned."""
-    return all(plan.pictures == folder for plan in read_plans(store))
