@@ -195,7 +195,7 @@ OPTIONS = (
     ),
     JobOption(
         "near_duplicates",
-        _option(int | None, "Table of images whose phash differs by at most so many bits."),
+        _option(int | None, "Mark images whose phash differs from an earlier one's by at most so many bits."),
         "checks.near_duplicates",
         PICTURED,
     ),

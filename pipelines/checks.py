@@ -84,9 +84,9 @@ class Checks(Strict):
     measures: bool = False
     """Columns `blank`, `brightness`, `contrast`, `sharpness` and `phash`."""
     near_duplicates: int | None = Field(default=None, ge=0, le=10)
-    """Column `phash`, and a table `duplicates.parquet` of the images that differ by at most this many of its 64 bits
-    from an earlier one. 4 finds re-encoded and slightly changed pictures, above 10 unlike ones appear. A table,
-    no column: a shard's bytes must not depend on other shards."""
+    """Column `phash`, and for images that differ by at most this many of its 64 bits from an earlier one the column
+    `duplicate_of`. 4 finds re-encoded and slightly changed pictures, above 10 unlike ones appear. `duplicate_of` is in
+    a file of its own, `duplicates.parquet`, with a row for every image: a shard's bytes must not depend on others."""
     clip: str | None = None
     """Path, URL or hub id of a CLIP model (a folder, safetensors): column `clip_score`, prompt against picture."""
     safety: str | None = None

@@ -49,14 +49,14 @@ class Index:
         images: how many there are.
         scores: number and boolean columns as float64, NaN where a value is missing.
         hashes: perceptual hashes, empty if there are none.
-        starts: number of the first image of each shard.
+        ids: of all images.
         shown: the sample.
     """
 
     images: int = 0
     scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    starts: list[int] = field(default_factory=list)
+    ids: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.string()))
     shown: list[Shown] = field(default_factory=list)
 
 
@@ -86,9 +86,10 @@ def read_index(store: Store, shards: Sequence[int], sample: Sample) -> Index:
     found = Index()
     scores: dict[str, list[NDArray[np.float64]]] = {}
     hashes: list[NDArray[np.uint64]] = []
+    names: list[pa.Array] = []
     for table in side_by_side(lambda n: pq.read_table(io.BytesIO(store.read(index_path(n)))), shards):
-        found.starts.append(found.images)
         found.images += len(table)
+        names += table.column("id").chunks
         for name in table.column_names:
             column = table.column(name)
             if name == "phash":
@@ -100,13 +101,8 @@ def read_index(store: Store, shards: Sequence[int], sample: Sample) -> Index:
         found.shown += _shown(table, sample)
     found.scores = {name: np.concatenate(parts) for name, parts in scores.items()}
     found.hashes = np.concatenate(hashes) if hashes else found.hashes
+    found.ids = pa.chunked_array(names, pa.string())
     return found
-
-
-def ids(store: Store, shard: int) -> list[str]:
-    """The ids of a shard's images, in order."""
-    table = pq.read_table(io.BytesIO(store.read(index_path(shard))), columns=["id"])
-    return [str(name) for name in table.column("id").to_pylist()]
 
 
 def _shown(table: pa.Table, sample: Sample) -> list[Shown]:

@@ -3,7 +3,7 @@
     contact_sheet.png                  sheet.py       some images at a glance
     gallery.html                       gallery.py     more of them, to search and filter
     scores.svg                         charts.py      how the scores are spread
-    duplicates.parquet                 duplicates.py  images that look like an earlier one
+    duplicates.parquet                 duplicates.py  which images look like an earlier one
     README.md                          card.py        the dataset card
     report.json, throughput.svg        account.py     totals, times and costs: the files that are not the same twice
 
@@ -41,7 +41,9 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
     found = read_index(store, shards, Sample.of(config, plan))
     alike = None
     if config.checks.near_duplicates is not None:
-        alike = duplicates.write_duplicates(store, shards, found, config.checks.near_duplicates)
+        marks = duplicates.write_marks(store, found, config.checks.near_duplicates)
+        found.shown = duplicates.marked(found.shown, marks)
+        alike = len(marks) - marks["duplicate_of"].null_count
     refused = account.refusals(store, plan, commits)
     _write_pages(store, config, totals, found, refused, alike)
     size = sum(file["bytes"] for commit in commits for file in commit.files if _is_data(file["path"]))

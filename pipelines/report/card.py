@@ -122,7 +122,8 @@ def card(
         bits = config.checks.near_duplicates
         parts.append(
             f"Near duplicates: {duplicates:,}. Their `phash` differs by at most {bits} bits from that of an earlier "
-            f"image, which `{DUPLICATES}` names; leave them out by a join on `id`."
+            f"image, whose `id` is in the column `duplicate_of` of `{DUPLICATES}`: it has a row for every image, in "
+            "the order of the data files."
         )
     if refused:
         parts += ["## Rejected rows", _table(refused)]
@@ -132,12 +133,15 @@ def card(
 
 
 def _configs(config: JobConfig, totals: Mapping[str, int], duplicates: int | None) -> list[dict[str, Any]]:
+    """What `load_dataset` finds by name; it reads all of a dataset's configs as files of one kind."""
+    layout, images = config.encoding.layout, totals["images"]
     place = {"files": "data/images/**", "webdataset": "data/*.tar", "parquet": "data/*.parquet"}
-    tables = {"default": place[config.encoding.layout]} if totals["images"] else {}
-    if totals["rejected"]:
-        tables["rejected"] = "rejected/*.parquet"
-    if duplicates:
-        tables["duplicates"] = DUPLICATES
+    tables = {"default": place[layout]} if images else {}
+    if layout == "parquet" or not images:
+        if totals["rejected"]:
+            tables["rejected"] = "rejected/*.parquet"
+        if duplicates is not None and images:
+            tables["duplicates"] = DUPLICATES
     return [
         {"config_name": name, "data_files": [{"split": "train", "path": path}]}
         for name, path in tables.items()

@@ -1,7 +1,8 @@
 """Near duplicates over a whole dataset, by the bits in which perceptual hashes differ.
 
-They are a table beside the data and not a column in it: whether an image is one depends on all others, and a shard's
-bytes must depend on no other shard, so that it can be committed, repaired and continued by itself.
+They are a column in a file of its own: a row for every image, in the dataset's order. Whether an image is one depends
+on all others, and a shard's bytes must depend on no other shard, so that it can be committed, repaired and continued
+by itself.
 
 Two hashes within d bits of each other agree in all but d of any d + m bands, so in at least m whole ones
 (Manku et al. 2007). For every choice of m bands the hashes are sorted by these bits alone, and only those
@@ -11,17 +12,19 @@ that agree there are compared. m is what costs least for the number of images at
 from __future__ import annotations
 
 import io
-from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import comb
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ..outputs.index import Index, ids
+from ..outputs.index import Index, Shown
 from ..outputs.store import Store
 
 BITS = 64
@@ -65,28 +68,32 @@ def near_duplicates(hashes: NDArray[np.uint64], distance: int) -> Duplicates:
     return Duplicates(found, kept[found], apart.astype(np.int64))
 
 
-def write_duplicates(store: Store, shards: list[int], index: Index, distance: int) -> int:
-    """Write `duplicates.parquet` (id, duplicate_of, distance), in dataset order; returns the number of rows."""
+def write_marks(store: Store, index: Index, distance: int) -> pa.Table:
+    """Write `duplicates.parquet`: a row for every image, in the dataset's order, with its `id`, and where it is a
+    near duplicate `duplicate_of` and `distance`; returns the table."""
     found = near_duplicates(index.hashes, distance)
-    wanted = np.unique(np.concatenate([found.images, found.originals])).tolist()
-    names: dict[int, str] = {}
-    loaded, known = -1, list[str]()
-    for number in wanted:
-        place = bisect_right(index.starts, number) - 1
-        if place != loaded:
-            loaded, known = place, ids(store, shards[place])
-        names[number] = known[number - index.starts[place]]
-    table = pa.table(
-        {
-            "id": pa.array([names[n] for n in found.images.tolist()], pa.string()),
-            "duplicate_of": pa.array([names[n] for n in found.originals.tolist()], pa.string()),
-            "distance": pa.array(found.distances, pa.int64()),
-        }
-    )
+    originals, distances = (np.full(index.images, -1, dtype=np.int64) for _ in range(2))
+    originals[found.images], distances[found.images] = found.originals, found.distances
+    alone = originals < 0
+    named = index.ids.take(pa.array(originals, mask=alone))
+    table = pa.table({"id": index.ids, "duplicate_of": named, "distance": pa.array(distances, mask=alone)})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     store.write(NAME, sink.getvalue())
-    return len(found)
+    return table
+
+
+def marked(shown: Sequence[Shown], marks: pa.Table) -> list[Shown]:
+    """The sample, each image with its mark among its facts."""
+    ours = marks.filter(pc.is_in(marks["id"], pa.array([one.id for one in shown], pa.string())))
+    known = dict(zip(ours["id"].to_pylist(), ours["duplicate_of"].to_pylist(), strict=True))
+    return [replace(one, facts={**one.facts, **_facts(known[one.id])}) for one in shown]
+
+
+def _facts(original: str | None) -> dict[str, Any]:
+    return (
+        {"near_duplicate": False} if original is None else {"near_duplicate": True, "duplicate_of": original}
+    )
 
 
 def _originals(distinct: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:

@@ -64,6 +64,25 @@ def test_image_files_with_their_table(place: Place, offline: str) -> None:
         assert np.array_equal(np.asarray(row["image"]), np.asarray(Image.open(io.BytesIO(packed[row["id"]]))))
 
 
+def test_near_duplicates_are_a_column_beside_the_images(place: Place, offline: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = "".join(f"x,{number % 3}\n" if number != 5 else "POISON,0\n" for number in range(10))
+    place.job(
+        place.write("prompt,seed\n" + rows),
+        shards={"images": 4},
+        checks={"near_duplicates": 0},
+    )
+    out = str(place.path / "out")
+    images = datasets.load_dataset(out, split="train", cache_dir=offline)
+    marks = datasets.load_dataset(out, "duplicates", split="train", cache_dir=offline)
+    assert marks["id"] == images["id"]
+    both = datasets.concatenate_datasets([images, marks.remove_columns("id")], axis=1)
+    kept = both.filter(lambda row: row["duplicate_of"] is None)
+    assert kept["seed"] == [0, 1, 2]
+    first = dict(zip(kept["seed"], kept["id"], strict=True))
+    assert [row["duplicate_of"] for row in both] == [None] * 3 + [first[s] for s in both["seed"][3:]]
+
+
 @pytest.mark.parametrize(("name", "quality"), [("jpeg", 90), ("webp", 90), ("webp", 100)])
 def test_other_formats(place: Place, name: str, quality: int) -> None:
     place.job(place.write("prompt\nx\n"), "png")

@@ -128,6 +128,13 @@ def test_large_datasets_show_a_sample(place: Place) -> None:
     assert not (place.path / "none/gallery.html").exists()
 
 
+def test_near_duplicates_are_marked(place: Place) -> None:
+    place.job(place.write("id,prompt,seed\na,x,1\nb,x,2\nc,x,1\n"), checks={"near_duplicates": 0})
+    facts = {one["id"]: one["facts"] for one in data_of(place.path / "out/gallery.html")["images"]}
+    assert [facts[id]["near_duplicate"] for id in ("a-0", "b-0", "c-0")] == [False, False, True]
+    assert [facts[id].get("duplicate_of") for id in facts] == [None, None, "a-0"]
+
+
 def test_a_sample_is_drawn_over_the_images_that_can_be_made(place: Place) -> None:
     rows = [f"x,{0 if number % 10 else 4}\n" for number in range(100)]  # steps of 0 are not allowed
     table = place.write("prompt,steps\n" + "".join(rows))
