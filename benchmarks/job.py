@@ -4,6 +4,9 @@
 the last image made, or with the last one committed: both hold the engine's first calls, and neither any start
 of processes. "whole" is everything: for the bare engine loading the model and generating, for the
 job also planning, starting Ray and an actor, encoding, committing, proving and reporting.
+
+The bare engine also runs beside a Ray that has nothing to do: what Ray's own processes take from a machine of few
+cores is then on both sides, and what is left is the pipeline's.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -34,7 +37,7 @@ from . import machine, workload
 from .models import source
 from .pairing import Effort, Measurement, distance, ratio
 
-BARE, JOB = "bare engine", "job"
+BARE, BESIDE, JOB = "bare engine", "bare engine beside an idle Ray", "job"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,11 @@ class Made:
     images: Tensor
 
 
+Arm = Callable[[str, Sequence[ImageRequest], int], Made]
+
+
 def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: Effort) -> Measurement:
-    """Measure `count` images in shards of the default size, `effort.blocks` times job, bare, bare, job."""
+    """Measure `count` images in shards of the default size, in `effort.blocks` blocks, each forwards and backwards."""
     place = source(model)
     requests = workload.same(count, steps, size)
     loaded = load_model(place)
@@ -62,12 +68,13 @@ def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: 
         "dtype": str(dtype).removeprefix("torch."),
     }
     found = Measurement(name, "image", 1, settings, machine.facts(device), machine.kind(device))
-    runs: dict[str, list[list[Made]]] = {BARE: [], JOB: []}
+    arms: dict[str, Arm] = {JOB: _job, BARE: _bare, BESIDE: _beside}
+    runs: dict[str, list[list[Made]]] = {arm: [] for arm in arms}
     found.yardstick.append(machine.yardstick(device, dtype))
     for _ in range(effort.blocks):
-        block: dict[str, list[Made]] = {BARE: [], JOB: []}
-        for arm in (JOB, BARE, BARE, JOB):
-            block[arm].append((_bare if arm == BARE else _job)(place, requests, batch))
+        block: dict[str, list[Made]] = {arm: [] for arm in arms}
+        for arm in [*arms, *reversed(arms)]:
+            block[arm].append(arms[arm](place, requests, batch))
         for arm, made in block.items():
             runs[arm].append(made)
         found.yardstick.append(machine.yardstick(device, dtype))
@@ -76,11 +83,12 @@ def overhead(model: str, size: int, steps: int, count: int, batch: int, effort: 
             found.wall[f"{arm}, {clock}"] = [
                 sum(getattr(m, clock) for m in made) / len(made) for made in blocks
             ]
-    found.ratios[JOB] = {
-        clock: ratio(found.wall[f"{JOB}, {clock}"], found.wall[f"{BARE}, {clock}"])
-        for clock in ("steady", "whole")
-    }
-    found.distance[JOB] = distance(runs[JOB][-1][-1].images, runs[BARE][-1][-1].images)
+    for bare in (BARE, BESIDE):
+        found.ratios[bare] = {
+            clock: ratio(found.wall[f"{JOB}, {clock}"], found.wall[f"{bare}, {clock}"])
+            for clock in ("steady", "whole")
+        }
+        found.distance[bare] = distance(runs[JOB][-1][-1].images, runs[bare][-1][-1].images)
     return found
 
 
@@ -88,6 +96,16 @@ def _bare(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
     """In a new process, as the job's engine has one: a used one has its memory and kernels ready."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_made_here, place, requests, batch, torch.get_num_threads()).result()
+
+
+def _beside(place: str, requests: Sequence[ImageRequest], batch: int) -> Made:
+    import ray
+
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        return _bare(place, requests, batch)
+    finally:
+        ray.shutdown()
 
 
 def _made_here(place: str, requests: Sequence[ImageRequest], batch: int, threads: int) -> Made:

@@ -12,7 +12,7 @@ from typing import Any
 from diffray.serve.bench import HEAD
 from diffray.serve.bench import table as served_table
 
-from .job import JOB
+from .job import BARE, JOB
 from .pairing import RESULTS
 
 README = Path(__file__).parent / "README.md"
@@ -30,7 +30,7 @@ SCALE = (
 )
 PLANNING = ("rows", "what", "s", "peak memory, MiB", "of it imports, MiB")
 FAULTS = ("scenario", "found")
-JOBS = ("measured", "what", "bare engine, s", "job, s", "overhead", "max diff", "drift")
+JOBS = ("measured", "rival", "what", "rival, s", "job, s", "overhead", "max diff", "drift")
 
 
 def table(folder: Path = RESULTS) -> str:
@@ -41,9 +41,9 @@ def table(folder: Path = RESULTS) -> str:
         here = [one for one in found if one["kind"] == kind]
         parts.append(_machine(here[0]["machine"]))
         served, here = [one for one in here if "loads" in one], [one for one in here if "ratios" in one]
-        if rows := [row for one in here if JOB not in one["ratios"] for row in _paired(one)]:
+        if rows := [row for one in here if BARE not in one["ratios"] for row in _paired(one)]:
             parts.append(_table(PAIRED, rows))
-        if rows := [row for one in here if JOB in one["ratios"] for row in _jobs(one)]:
+        if rows := [row for one in here if BARE in one["ratios"] for row in _jobs(one)]:
             parts.append(_table(JOBS, rows))
         for one in found:
             if one["kind"] == kind and "scale" in one:
@@ -78,12 +78,13 @@ def _paired(one: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _jobs(one: dict[str, Any]) -> Iterator[list[str]]:
-    for clock, found in one["ratios"][JOB].items():
-        bare, job = (median(one["wall"][f"{arm}, {clock}"]) for arm in ("bare engine", JOB))
-        what = "per image, model loaded" if clock == "steady" else "the whole run, start-up included"
-        percent = {key: 100 * (value - 1) for key, value in found.items()}
-        spread = f"{percent['median']:+.1f} % [{percent['low']:+.1f}, {percent['high']:+.1f}]"
-        yield [one["name"], what, f"{bare:.4g}", f"{job:.4g}", spread, _distance(one, JOB), _drift(one)]
+    for bare, clocks in one["ratios"].items():
+        for clock, found in clocks.items():
+            seconds = [f"{median(one['wall'][f'{arm}, {clock}']):.4g}" for arm in (bare, JOB)]
+            what = "per image, model loaded" if clock == "steady" else "the whole run, start-up included"
+            percent = {key: 100 * (value - 1) for key, value in found.items()}
+            spread = f"{percent['median']:+.1f} % [{percent['low']:+.1f}, {percent['high']:+.1f}]"
+            yield [one["name"], bare, what, *seconds, spread, _distance(one, bare), _drift(one)]
 
 
 def _served(one: dict[str, Any]) -> str:
