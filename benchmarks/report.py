@@ -82,7 +82,9 @@ def _jobs(one: dict[str, Any]) -> Iterator[list[str]]:
         for clock, found in clocks.items():
             seconds = [f"{median(one['wall'][f'{arm}, {clock}']):.4g}" for arm in (bare, JOB)]
             what = "per image, model loaded" if clock == "steady" else "the whole run, start-up included"
-            percent = {key: 100 * (value - 1) for key, value in found.items()}
+            percent = {
+                key: round(100 * (value - 1), 1) + 0.0 for key, value in found.items()
+            }  # no minus zero
             spread = f"{percent['median']:+.1f} % [{percent['low']:+.1f}, {percent['high']:+.1f}]"
             yield [one["name"], bare, what, *seconds, spread, _distance(one, bare), _drift(one)]
 
