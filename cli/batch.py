@@ -18,7 +18,7 @@ TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Go on although the last owner may still be alive.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be made; write nothing.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first rows.")]
+Limit = Annotated[int | None, typer.Option(help="Only so many rows, from the first on.")]
 Rate = Annotated[float | None, typer.Option(help="Images per second of the whole job, to estimate its time.")]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Load the model and make a few images, to estimate the job's time.")
@@ -27,7 +27,7 @@ Measure = Annotated[
 Change = Annotated[
     list[str] | None,
     typer.Option(
-        "--job", help="A key in place of the file's, as KEY.PATH=YAML: workers.actors=4; repeat it."
+        "--job", help="A key to use in place of the file's, as KEY.PATH=YAML: workers.actors=4; repeat it."
     ),
 ]
 

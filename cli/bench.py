@@ -26,10 +26,10 @@ def serve(
     model: Model = "embedded",
     url: Annotated[
         str | None,
-        typer.Option(help="A running service, measured as it is; otherwise three ways are compared."),
+        typer.Option(help="A running service, measured as it is; without it three ways are compared."),
     ] = None,
     key: Annotated[
-        str | None, typer.Option(envvar="DIFFRAY_API_KEY", help="For --url.", show_envvar=True)
+        str | None, typer.Option(envvar="DIFFRAY_API_KEY", help="With --url: its API key.", show_envvar=True)
     ] = None,
     name: Annotated[str | None, typer.Option(help="With --url: the model to ask for.")] = None,
     sizes: Annotated[
@@ -37,16 +37,18 @@ def serve(
     ] = None,
     steps: Annotated[str, typer.Option(help="Mix of sampler steps.")] = "10,20,40",
     shares: Annotated[str, typer.Option(help="Offered loads, as shares of the capacity.")] = "0.5,0.8,0.95",
-    seconds: Annotated[float, typer.Option(min=1, help="That each load lasts.")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=1, help="How long each load lasts.")] = 30.0,
     deadline: Annotated[
         float | None,
         typer.Option(help="Seconds within which an answer is good; 5 idle latencies if not given."),
     ] = None,
     capacity: Annotated[float | None, typer.Option(help="Images per second; measured if not given.")] = None,
     outstanding: Annotated[
-        int, typer.Option(min=1, help="Requests unanswered at once for the capacity.")
+        int, typer.Option(min=1, help="Unanswered requests at once, while the capacity is measured.")
     ] = 32,
-    turns: Annotated[int, typer.Option(min=1, help="Times that all is repeated, the order reversed.")] = 2,
+    turns: Annotated[
+        int, typer.Option(min=1, help="How often everything is measured, each time in reversed order.")
+    ] = 2,
     seed: Annotated[int, typer.Option(help="The same seed sends the same requests at the same times.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -76,12 +78,11 @@ def serve(
             model=name,
             seed=seed,
         )
-        say = _note
         if url is not None:
-            outcome = asyncio.run(measure_service(url, plan, key, say))
+            outcome = asyncio.run(measure_service(url, plan, key, _note))
         else:
             entry = ModelEntry(source=model, device=device, dtype=dtype, batch_size=batch_size)
-            outcome = asyncio.run(compare(entry, plan, turns=turns, say=say))
+            outcome = asyncio.run(compare(entry, plan, turns=turns, say=_note))
         if output is not None:
             output.write_text(json.dumps(outcome.raw(), indent=1) + "\n")
         typer.echo(

@@ -42,7 +42,8 @@ SOURCED = ("augment", "inpaint", "outpaint", "edit", "upscale", "encode")
 MAX_REJECTED = JobOption(
     "max_rejected",
     _option(
-        float | None, "Share of rejected images above which to end with exit code 4; by default if all are."
+        float | None,
+        "Share of rejected images above which to end with exit code 4; by default only if all are rejected.",
     ),
     "max_rejected",
 )
@@ -106,7 +107,7 @@ OPTIONS = (
         "seed",
         PAINTING,
     ),
-    JobOption("limit", _option(int | None, "Only the first rows."), "limit"),
+    JobOption("limit", _option(int | None, "Only so many rows, from the first on."), "limit"),
     MAX_REJECTED,
     JobOption("steps", Steps, "defaults.steps", PAINTING),
     JobOption(
@@ -145,7 +146,7 @@ OPTIONS = (
     ),
     JobOption(
         "pictures",
-        _option(str | None, "Folder of pictures that rows name; their table's when left out."),
+        _option(str | None, "Folder of the pictures that rows name; that of their table when left out."),
         "pictures.root",
         ("generate", *SOURCED),
     ),
@@ -157,17 +158,19 @@ OPTIONS = (
     ),
     JobOption(
         "fit",
-        _option(str | None, "Sources of another shape than asked: stretch or crop."),
+        _option(str | None, "What to do with sources of another shape than the image: stretch or crop."),
         "pictures.fit",
         ("generate", *SOURCED),
     ),
     JobOption(
         "latents",
-        _option(str | None, "Numbers of the latents: float16 or float32."),
+        _option(str | None, "Type of the latents' numbers: float16 or float32."),
         "encoding.latents",
         ("encode",),
     ),
-    JobOption("format", _option(str | None, "png, jpeg or webp."), "encoding.format", PICTURED),
+    JobOption(
+        "format", _option(str | None, "Of the images: png, jpeg or webp."), "encoding.format", PICTURED
+    ),
     JobOption("quality", _option(int | None, "Of jpeg and webp, 1..100."), "encoding.quality", PICTURED),
     JobOption(
         "images",
@@ -206,7 +209,12 @@ OPTIONS = (
         "checks.safety",
         PICTURED,
     ),
-    JobOption("flagged", _option(str | None, "What it flags: keep or reject."), "checks.flagged", PICTURED),
+    JobOption(
+        "flagged",
+        _option(str | None, "Pictures that the safety checker flags: keep (default) or reject."),
+        "checks.flagged",
+        PICTURED,
+    ),
     JobOption(
         "blank",
         _option(str | None, "Pictures of one colour: reject (default) or keep."),
@@ -214,12 +222,15 @@ OPTIONS = (
         PICTURED,
     ),
     JobOption(
-        "gallery", _option(int | None, "Images in gallery.html, about; 0 for none."), "gallery", PICTURED
+        "gallery",
+        _option(int | None, "About so many images in gallery.html; 0 for none."),
+        "gallery",
+        PICTURED,
     ),
     JobOption("license", _option(str | None, "License of the dataset, for its card."), "license"),
     JobOption(
         "price_per_hour",
-        _option(float | None, "Of one GPU, or of one engine's CPU cores, for report.json."),
+        _option(float | None, "What one GPU, or one engine's CPU cores, cost in an hour, for report.json."),
         "workers.price_per_hour",
     ),
     JobOption("shard_images", _option(int | None, "Images per shard, at most."), "shards.images"),
@@ -227,12 +238,12 @@ OPTIONS = (
         "actors", _option(str | None, "At most this many engines, or a range such as 2-16."), "workers.actors"
     ),
     JobOption(
-        "gpus", _option(float | None, "Of each engine; a fraction for several on one GPU."), "workers.gpus"
+        "gpus", _option(float | None, "GPUs of each engine; a fraction for several on one."), "workers.gpus"
     ),
     JobOption("cpus", _option(float | None, "CPU cores of each engine."), "workers.cpus"),
     JobOption(
         "accelerator",
-        _option(str | None, "Only nodes with it, by Ray's name: H100, L4, ..."),
+        _option(str | None, "Only nodes with this accelerator, by Ray's name for it: H100, L4, ..."),
         "workers.accelerator",
     ),
     JobOption(
@@ -242,7 +253,7 @@ OPTIONS = (
     ),
     JobOption(
         "text_encoders",
-        _option(int | None, "So many text encoders for all engines; 0 leaves each engine to itself."),
+        _option(int | None, "Text encoders that all engines share; with 0 each engine has its own."),
         "workers.text_encoders",
         PAINTING,
     ),

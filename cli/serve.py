@@ -30,13 +30,13 @@ def serve(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file: all of it, flags go before.")
+        Path | None, typer.Option("--config", "-c", help="YAML file with all of this; flags override it.")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port [8000].")] = None,
     keys: Annotated[str | None, typer.Option(help="Key file, see `diffray keys`.")] = None,
     anonymous: Annotated[
-        bool | None, typer.Option("--anonymous", help="Let everybody in who can reach it.")
+        bool | None, typer.Option("--anonymous", help="Let in everybody who can reach it.")
     ] = None,
     replicas: Annotated[
         str | None, typer.Option(help="On Ray Serve: N engine replicas, or MIN-MAX for autoscaling.")
@@ -52,7 +52,7 @@ def serve(
     dtype: Dtype = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Images denoised together.")] = None,
 ) -> None:
-    """Serve models over HTTP: a page at /, the OpenAI, AUTOMATIC1111 and Stability APIs, and our own.
+    """Serve models over HTTP: a page at /, the OpenAI, AUTOMATIC1111 and Stability APIs, and diffray's own.
 
     In one process; with --replicas, or `replicas` in the config, on Ray Serve.
     """
@@ -133,7 +133,7 @@ def add(
     images_at_once: Annotated[int | None, typer.Option(help="Images waiting or running together.")] = None,
     weight: Annotated[float, typer.Option(help="Share of the engines beside other clients'.")] = 1.0,
 ) -> None:
-    """Make a key and print it, this once."""
+    """Make a key and print it; it is shown only once."""
     with reported(context):
         from diffray.serve.keys import add as add_key
 
@@ -144,7 +144,7 @@ def add(
 
 @keys.command("list")
 def list_keys(context: typer.Context, file: File = KEYS) -> None:
-    """Say which keys there are."""
+    """List whose keys there are, with their limits."""
     with reported(context):
         from diffray.serve.keys import read
 

@@ -99,7 +99,7 @@ def _retry_rejected(context: typer.Context, output: str, take_over: bool = False
 
         values = job_values(given)
         if odd := sorted(values.keys() - {"workers", "max_rejected", "storage"}):
-            raise typer.BadParameter(f"--job {odd[0]}: only workers may differ from the job")
+            raise typer.BadParameter(f"--job {odd[0]}: only workers and max_rejected may differ from the job")
         result = retry(output, **values, take_over=take_over, progress=for_this_terminal())
         if not result.made:
             typer.echo(f"nothing to do: no row of {output} is rejected")
@@ -110,8 +110,8 @@ def _retry_rejected(context: typer.Context, output: str, take_over: bool = False
 retry_rejected = with_options(
     _retry_rejected,
     "retry_rejected",
-    "Run the rejected rows of a finished job again, with its own config and seeds; on workers as in its last run, "
-    "unless told otherwise.",
+    "Run the rejected rows of a finished job again, with its own config and seeds. Workers are as in its last run, "
+    "unless flags say otherwise.",
     {"output": Output},
     [MAX_REJECTED, *(one for one in OPTIONS if one.key.startswith("workers."))],
     {"take_over": TakeOver},

@@ -121,7 +121,7 @@ def test_retries_go_on_with_the_workers_that_are_named_and_the_last_runs_for_the
     ]
     assert json.loads((again / "report.json").read_text())["cost"]["price_per_hour"] == 3
     code, _, error = diffray("retry-rejected", again, "--job", "seed=3")
-    assert (code, "--job seed: only workers may differ" in error) == (2, True)
+    assert (code, "--job seed: only workers and max_rejected may differ" in error) == (2, True)
 
 
 def test_gc(out: Path) -> None:
