@@ -31,7 +31,7 @@ RESERVED = (
     "thumbnail",
     "shown",
 )
-"""Columns that no scorer of one's own can have."""
+"""Columns that a job's own scorers cannot have."""
 
 
 def _terms(value: Any) -> Any:
@@ -67,9 +67,9 @@ class Scorer(Strict):
     columns: dict[str, Literal["float", "int", "bool", "text"]] = Field(min_length=1)
     """What it answers: column names and types."""
     options: dict[str, Any] = Field(default={})
-    """Keyword arguments: of every call of a function, or of making the one object of a class."""
+    """Keyword arguments of every call of a function; of a class, those that make its one object."""
     on_error: Literal["null", "reject"] = "null"
-    """What becomes of an image at which it fails: its columns stay empty, or the image is rejected."""
+    """What becomes of an image on which it fails: its columns stay empty, or the image is rejected."""
 
 
 class Checks(Strict):
@@ -90,13 +90,14 @@ class Checks(Strict):
     clip: str | None = None
     """Path, URL or hub id of a CLIP model (a folder, safetensors): column `clip_score`, prompt against picture."""
     safety: str | None = None
-    """The same of Stable Diffusion's safety checker: columns `nsfw` and `nsfw_score`. Pictures are never changed."""
+    """The same for Stable Diffusion's safety checker: columns `nsfw` and `nsfw_score`. Pictures are never changed."""
     flagged: Literal["keep", "reject"] = "keep"
     """What becomes of a picture that the safety checker flags."""
     scorers: tuple[Scorer, ...] = ()
     """Scorers of one's own, in the order they are asked."""
     limits: dict[str, tuple[float | None, float | None]] = Field(default={})
-    """Column to the least and the most it may be (null: any); a picture outside is rejected. An empty one passes."""
+    """Column to the least and the most that its value may be (null: any). A picture outside is rejected, one without
+    a value passes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

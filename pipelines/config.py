@@ -110,7 +110,7 @@ class ShardLimits(Strict):
 
 
 class Between(Strict):
-    """A least and a most; text such as "2-16" is understood too."""
+    """A least and a most number of engines; text such as "2-16" is understood too."""
 
     min: int = Field(default=1, ge=1)
     """Engines without which the job is given up, after `start_timeout`."""
@@ -147,7 +147,8 @@ class Workers(Strict):
     labels: dict[str, str] = {}
     """Only nodes with these Ray labels; a value may be a condition, such as `in(H100,H200)` or `!L4`."""
     start_timeout: float = Field(default=1800.0, gt=0)
-    """Seconds that the job goes on with fewer engines up than the least it wants (one, unless `actors` says)."""
+    """The job is given up after so many seconds with fewer engines than the least of `actors` (one, unless it is a
+    range), or without an answer from any of `text_encoders`."""
     shards_in_flight: int = Field(default=4, ge=1, le=64)
     """Shards that one actor works on at once, so that its engine never runs dry between two."""
     crashes: int = Field(default=3, ge=1, le=20)
@@ -155,10 +156,10 @@ class Workers(Strict):
     patience: float = Field(default=600.0, gt=0)
     """Seconds without any finished step, read or image after which a worker counts as hanging and is replaced."""
     text_encoders: int | None = Field(default=None, ge=0, le=256)
-    """So many text encoders for all engines of a model: equal prompts are encoded once, and engines do not load text
-    encoders of their own. None and 0 leave each engine to itself."""
+    """How many text encoders all engines of a model share: equal prompts are encoded once, and engines load no text
+    encoders of their own. With None or 0 every engine has its own."""
     text_share: float = Field(default=1.0, gt=0)
-    """Of a GPU, or CPU cores where engines have none, that each of `text_encoders` takes."""
+    """What each of `text_encoders` takes: a share of a GPU, or CPU cores where engines have no GPU."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of one GPU, or on CPU of what one engine runs on, in any currency: the report then says what images cost."""
     address: str | None = None
@@ -197,7 +198,7 @@ class JobConfig(Strict):
     models: dict[str, ModelOptions] = {}
     """Several models by name, instead of `model`: a row's column `model`, or the sweep, picks one; else the first.
 
-    They are made one after the other, so some engines of each stand idle while the last ones end.
+    Their images are made one model after the other, so some engines of each stand idle while its last ones end.
     """
     columns: dict[str, str | None] = {}
     """Request field to the input column that holds it, where the names differ; null where none does: a column of that
@@ -209,14 +210,14 @@ class JobConfig(Strict):
     defaults: dict[str, Any] = {}
     """Request fields for rows that do not say."""
     images_per_prompt: int = Field(default=1, ge=1, le=100_000)
-    """Images of every row and combination, each with a seed of its own; a row's column `n` goes first."""
+    """Images of every row and combination, each with a seed of its own; a row's own `n` goes before it."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Mixed with each image's id where its row gives no seed."""
     limit: int | None = Field(default=None, ge=1)
     """Only the first rows of the input; a job goes on when it is raised."""
     max_rejected: float | None = Field(default=None, ge=0, le=1)
     """The share of rejected images above which the job ends as failed, although all is committed and reported; if the
-    plan alone rejects more, no engine starts. None fails only a job of which every image is rejected, 1 none."""
+    plan alone rejects more, no engine starts. With None a job fails only if every image is rejected, with 1 never."""
     pictures: Pictures = Pictures()
     encoding: Encoding = Encoding()
     shards: ShardLimits = ShardLimits()
@@ -232,8 +233,8 @@ class JobConfig(Strict):
     contact_sheet: int = Field(default=24, ge=0, le=400)
     """Images on `contact_sheet.png`; 0 leaves it out."""
     gallery: int = Field(default=400, ge=0, le=5000)
-    """About this many images, evenly drawn, are shown in `gallery.html`; 0 leaves it out. When it is raised later,
-    what was made before shows as many as were asked for then."""
+    """About this many images, evenly drawn, are shown in `gallery.html`; 0 leaves it out. When it is raised later, only
+    what is made from then on shows more."""
     license: str = Field(default="unknown", pattern=r"^[A-Za-z0-9.+_-]+$")
     """License of the dataset by its Hugging Face name, for the dataset card."""
 

@@ -122,7 +122,7 @@ def complete(
     progress: Progress,
     generate: Generate,
 ) -> int:
-    """Make the shards of a plan that are not committed yet, and finish the job; returns how many those were."""
+    """Make the shards of a plan that are not committed yet, and finish the job; returns how many were made."""
     done = committed(store)
     pending = [shard for shard in range(plan.shards) if shard not in done]
     _generate(config, lock, store, models, plan, pending, progress, generate)

@@ -14,9 +14,9 @@
     diffray_shards{state}                       gauge      shards waiting and running
     diffray_shards_committed_total              counter    shards committed
 
-The first four come from the process of each engine, and are ended images: what a crash undoes is counted again
-when it is made again. The prompts come from the encoders of a pool. The others come from the driver, and are
-what its progress display shows. The two that it reckons from them follow by PromQL:
+The first four come from the process of each engine and count images as they end: what a crash undoes is counted again
+when it is made again. The prompts come from the encoders of a pool. The others come from the driver, and are what its
+progress display shows. The two figures that it works out from them are in PromQL:
 
     images per second   deriv(ray_diffray_images{state="ended"}[1m])
     seconds left        (ray_diffray_images{state="planned"} - ignoring(state) ray_diffray_images{state="ended"})

@@ -50,14 +50,14 @@ class ProcessorConfig(Strict):
     defaults: dict[str, Any] = Field(default={})
     """Request fields for rows that do not say."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Mixed with a row's `id`, or where it has none with its whole content, source pictures and columns that are only
-    carried along included, for rows without a `seed`. Rows that are equal in everything become the same image, unless
-    they have a `seed`, or any column that tells them apart."""
+    """For rows without a `seed`: mixed with the row's `id`, or, where it has none, with its whole content, source
+    pictures and columns that are only carried along included. Rows that are equal in every column become the same
+    image."""
     encoding: Encoding = Encoding()
     checks: Checks = Checks()
     """As in a job: scores become columns, what is refused becomes an error. Near duplicates need a whole job."""
     pictures: Pictures = Pictures()
-    """Rules for the source pictures `init_image`, `mask` and `depth`; `root` is not used here."""
+    """Rules for the source pictures `init_image`, `mask` and `depth`. They come as bytes, so `root` is not used."""
     batch_size: int = Field(default=32, ge=1)
     """Rows that come back together."""
     max_concurrent_batches: int = Field(default=4, ge=1)

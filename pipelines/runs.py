@@ -87,7 +87,7 @@ class RunRecord:
             self._write()
 
     def _write(self) -> None:
-        """The record may lack behind, but never stands in the way of the job."""
+        """The record may lag behind, but never stands in the way of the job."""
         self._written = time.monotonic()
         with suppress(StorageError):
             self._store.write(self._name, (json.dumps(self._record(), indent=1) + "\n").encode())

@@ -29,7 +29,7 @@ def read_tar(file: IO[bytes], name: str) -> Iterator[SourceRow]:
     """Rows of an uncompressed tar.
 
     Raises:
-        InvalidJob: it is none.
+        InvalidJob: it is no tar.
     """
     size = file.seek(0, 2)
     file.seek(0)

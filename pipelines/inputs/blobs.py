@@ -39,7 +39,7 @@ class Blobs:
         limit: bytes of one value, at most.
         planned: fingerprint of the input that was planned; None where there is no plan.
         exact: whether more than the size in a file's stamp counts.
-        places: of a table that are read in turn, such as shards in flight.
+        places: how many places of a table are read in turn: one for each shard in flight, say.
 
     Attributes:
         moves: grows with each read that begins, goes on or ends: a sign of life.

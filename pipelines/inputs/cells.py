@@ -1,7 +1,7 @@
 """Cells of tables, read one at a time and mostly in order, at several places in turn.
 
-Every kind of table has `rows`, how many they are, `schema`, and `value(row, column)`, a cell as a Python object; Lance
-has its own (`lance.py`). A read that fails leaves nothing behind: it can be made again.
+Parquet and Arrow tables are here, Lance has a module of its own. A read that fails leaves nothing behind: it can be
+made again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ WINDOW = 32
 
 
 class Table(Protocol):
-    """Random access to the rows of one table."""
+    """Random access to the cells of one table."""
 
     rows: int
+    """How many there are."""
     schema: pa.Schema
 
     def value(self, row: int, column: str) -> Any:
@@ -32,11 +33,11 @@ class Table(Protocol):
 
 
 class ParquetTable:
-    """One that is read by a cursor for each place; what they pass by is read too.
+    """A table that is read by a cursor for each place; what a cursor passes by is read too.
 
     Args:
-        places: of one column, that are read in turn.
-        moved: called with every window that is read: a place may be far into a row group.
+        places: how many places of a column are read in turn.
+        moved: called after every window that is read: a place may be far into a row group.
     """
 
     def __init__(self, fs: Any, path: str, places: int, moved: Callable[[], None]) -> None:
@@ -80,8 +81,8 @@ class ParquetTable:
 
 
 class ArrowTable:
-    """One that is mapped to memory. A place in it cannot be found without the whole, so what is not local is first
-    fetched to the folder for temporary files, to a file without a name that goes with the table."""
+    """A table that is mapped to memory. No place in it can be found without the whole, so a table that is not local is
+    fetched first: into a temporary file without a name, which is gone with the table."""
 
     def __init__(self, fs: Any, path: str) -> None:
         if getattr(fs, "local_file", False):

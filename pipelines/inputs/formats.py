@@ -31,7 +31,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def ending(path: str) -> str:
-    """The ending that decides, without that of a compression."""
+    """The ending that says what a file is, without that of a compression."""
     stem, last = splitext(path.lower())
     return splitext(stem)[1] if last in COMPRESSED else last
 

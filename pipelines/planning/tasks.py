@@ -55,13 +55,13 @@ class Kind:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """Fields that hold no plain value, with the columns where each is looked for, first things first."""
+        """Fields that hold no plain value: source pictures, or latents."""
         if self.task == "decode":
             return ("latents",)
         return ("init_image",) if self.task == "encode" else PICTURE_FIELDS
 
     def sources(self, named: Collection[str]) -> tuple[str, ...]:
-        """The picture fields that a job reads, which names some of them itself.
+        """Those of `takes` that a job reads; `named` are the fields that it names itself.
 
         A mask or depth map that the task does not need is read only where the job names it: else a column of that
         name is a label like any other.
@@ -69,7 +69,7 @@ class Kind:
         return tuple(name for name in self.takes if name in {*self.needs, "init_image", *named})
 
     def columns(self, name: str) -> tuple[str, ...]:
-        """The columns where a field is looked for unless the job says where it is."""
+        """The columns where a field is looked for, in this order, unless the job says where it is."""
         if name == "init_image" and name in self.needs:
             return ("init_image", "image", "file_name", *ENDINGS)
         return ("prompt", "txt") if name == "prompt" else (name,)
