@@ -1,16 +1,16 @@
 """What the columns of a row mean to a job: request fields, the row's identity, and what is the user's own.
 
 A field is read from the column that the job names, else from the one of its own name; from none where the job
-says null, and then a column of that name is the user's own. Rows that diffray wrote
-can be fed back in two ways. Of `rejected/`, or of `data/` for another `generate`, a row asks for exactly its
-image again: `row_id`, `variant` and `index` say which, and its `seed` is the image's own. Where a task takes
-the *picture* of such a row as its source, the row counts as an ordinary one whose id is the image's: its prompts
+says null, and then a column of that name is the user's own.
+
+Rows that diffray wrote can be fed back in two ways. A row of `rejected/`, or of `data/` for another `generate`, asks
+for exactly its image again: `row_id`, `variant` and `index` say which, and its `seed` is the image's own. Where a task
+takes the *picture* of such a row as its source, the row counts as an ordinary one whose id is the image's: its prompts
 are used, and everything else that made the picture is carried along as `input_...`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any
 
 from diffray.model.errors import InvalidRequest
 
+from ..hashing import text_hash
 from ..outputs.schemas import OWN_COLUMNS, SOURCE_COLUMN
 from ..planning.tasks import LATENTS, Kind
 from .readers import SourceRow
@@ -126,7 +127,7 @@ class Columns:
         self._layout = lru_cache(maxsize=1024)(self._laid_out)
 
     def looked_for(self, field: str) -> tuple[str, ...]:
-        """The columns where a field may be, first things first."""
+        """The columns where a field may be; the first that holds something counts."""
         if field not in self.names:
             return self._kind.columns(field)
         column = self.names[field]
@@ -193,11 +194,6 @@ def content_hash(row: SourceRow) -> int:
     """64 bits of the row's values, whatever their order; of its place when it could not be read."""
     content: object = {k: v for k, v in row.values.items() if v is not None} or [row.file, row.line]
     return text_hash(_CANONICAL(content))
-
-
-def text_hash(text: str) -> int:
-    """64 bits of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _place(values: Mapping[str, Any]) -> Place | None:

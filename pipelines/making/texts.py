@@ -10,7 +10,6 @@ can be resumed, and no row is blamed.
 from __future__ import annotations
 
 import faulthandler
-import hashlib
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from diffray.model.errors import DiffrayError, GenerationError, JobConflict, JobError
 
 from ..config import ModelOptions
+from ..hashing import text_hash
 from ..metrics import PromptMeter
 from ..outputs.fingerprint import check_versions
 from ..outputs.store import Store
@@ -208,9 +208,7 @@ class Texts:
 
     def _order(self, key: Key) -> list[int]:
         """The encoders, the one that this prompt belongs to first."""
-        home = int.from_bytes(
-            hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        )
+        home = text_hash(repr(key))  # repr escapes what cannot be encoded
         return [(home + index) % len(self._encoders) for index in range(len(self._encoders))]
 
     def _read(self, answer: Answer) -> Encoded:

@@ -6,11 +6,11 @@ the images of the smaller sample are among those of the larger one, so their thu
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Self
 
 from ..config import JobConfig
+from ..hashing import text_hash
 from ..planning.plan import Plan
 
 
@@ -27,5 +27,4 @@ class Sample:
         return cls(max(config.gallery, 2 * config.contact_sheet) / max(1, images))
 
     def __contains__(self, image_id: object) -> bool:
-        digest = hashlib.blake2b(str(image_id).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.share * 2**64
+        return text_hash(str(image_id)) < self.share * 2**64

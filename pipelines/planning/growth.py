@@ -8,7 +8,6 @@ files, or are appended to a Lance dataset.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
@@ -19,6 +18,7 @@ from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
 from ..config import InvalidJob, JobConfig
+from ..hashing import text_hash
 from ..inputs.references import INPUT, Reference, parsed_reference
 from ..inputs.source import Source
 from ..inputs.sources import source_columns
@@ -106,12 +106,12 @@ class _Known:
     def __init__(self, store: Store, plan: Plan, config: JobConfig, changed: set[str]) -> None:
         self._store, self._plan = store, plan
         self._changed, self._columns = changed, source_columns(config).values()
-        self._hashes = ImageHashes((_hash(image.id), _content(image)) for image in self._images())
+        self._hashes = ImageHashes((text_hash(image.id), _content(image)) for image in self._images())
 
     def unseen(self, images: Iterator[PlannedImage]) -> Iterator[PlannedImage]:
         """Those that are not planned yet; an image that is must be the same as then."""
         for image in images:
-            own = _hash(image.id)
+            own = text_hash(image.id)
             content = self._hashes.content(own)
             if content is None:
                 yield image
@@ -124,7 +124,7 @@ class _Known:
         """Refuse an input that lacks a planned image, or in which something else stands where it is made from."""
         gone, missing = self._hashes.missing()
         if gone:
-            lost = {image.id: image for image in self._images() if _hash(image.id) in missing}
+            lost = {image.id: image for image in self._images() if text_hash(image.id) in missing}
             lines = [
                 f"  {image.id}, row {image.file}:{image.line}: {(image.prompt or '')[:100]!r}"
                 for image in islice(lost.values(), 3)
@@ -178,13 +178,9 @@ def _changed_files(before: Iterable[Mapping[str, Any]], after: Sequence[Mapping[
     return {entry["name"] for entry in before if not any(still(entry, now) for now in after)}
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
 def _content(image: PlannedImage) -> int:
     """All of an image but the place of its row, and its source files, whose stamps `replaced.py` compares."""
-    return _hash(repr(replace(image, file="", line=0, source_stamps={})))
+    return text_hash(repr(replace(image, file="", line=0, source_stamps={})))
 
 
 def _shown(image: PlannedImage) -> dict[str, object]:

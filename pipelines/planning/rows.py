@@ -13,7 +13,6 @@ Without one it is a 63-bit hash of the job's seed and the image's id.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from diffray.model.errors import InvalidRequest
 from diffray.model.request import MAX_PROMPT, MAX_SEED, ImageRequest
 
 from ..config import InvalidJob, JobConfig
+from ..hashing import text_hash
 from ..inputs.columns import COUNT_COLUMNS, Columns, Place, Reading
 from ..inputs.references import INPUT, BlobError, Reference, below, parsed_reference
 from ..inputs.values import REQUEST_COLUMNS, as_text, integer, shown
@@ -314,5 +314,4 @@ def _is_plain(prompt: object, negative: object, seed: object) -> bool:
 
 def derived_seed(job_seed: int, image_id: str) -> int:
     """63 bits that depend on the job's seed and the image's id only."""
-    digest = hashlib.blake2b(f"{job_seed}\0{image_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return text_hash(f"{job_seed}\0{image_id}") >> 1

@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from ..config import InvalidJob
+from ..hashing import text_hash
 from ..inputs.carried import UserColumns
-from ..inputs.columns import COUNT_COLUMNS, Reading, content_hash, text_hash
+from ..inputs.columns import COUNT_COLUMNS, Reading, content_hash
 from ..inputs.source import Source
 from ..outputs.schemas import SOURCE_COLUMN
 from .hashes import RowHashes

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from diffray.model.errors import JobConflict, JobError
 
+from ..hashing import text_hash
 from ..outputs.commit import (
     HISTORY,
     IMAGES,
@@ -189,7 +190,7 @@ class _Shard:
     def _check_ids(self, commit: Commit) -> None:
         """The record's ids are the plan's, each once."""
         made, rejected = set(commit.image_sha256), set(commit.reasons)
-        self.made, self.rejected = hashes(made), hashes(rejected)
+        self.made, self.rejected = _hashes(made), _hashes(rejected)
         path = commit_path(self.number)
         try:
             planned = {image.id for image in read_shard(self._store, self.number).images}
@@ -276,7 +277,5 @@ def _parquet_rows(data: bytes) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def hashes(ids: set[str]) -> npt.NDArray[np.uint64]:
-    """Eight bytes for each id."""
-    values = [int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "big") for i in ids]
-    return np.array(values, np.uint64)
+def _hashes(ids: set[str]) -> npt.NDArray[np.uint64]:
+    return np.array([text_hash(i) for i in ids], np.uint64)
