@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .columnar import arrow_batches
+
 WINDOW = 32
 """Rows that are read at a time."""
 
@@ -91,7 +93,7 @@ class ArrowTable:
             with NamedTemporaryFile(prefix="diffray-") as file:
                 fs.get_file(path, file.name)
                 mapped = pa.memory_map(file.name)
-        self._batches = _batches(mapped)
+        self._batches = list(arrow_batches(mapped))  # views of the mapped bytes, which cost no memory
         self.schema = self._batches[0].schema if self._batches else pa.schema([])
         self._starts = _starts(batch.num_rows for batch in self._batches)
         self.rows = self._starts[-1]
@@ -123,16 +125,6 @@ class _Cursor:
             if start <= offset < start + len(values):
                 return values[offset - start]
         return None
-
-
-def _batches(source: pa.MemoryMappedFile) -> list[pa.RecordBatch]:
-    """All batches of an Arrow stream (as `datasets` writes it) or file, which cost no memory."""
-    try:
-        return list(pa.ipc.open_stream(source))
-    except pa.ArrowInvalid:
-        source.seek(0)
-        file = pa.ipc.open_file(source)
-        return [file.get_batch(i) for i in range(file.num_record_batches)]
 
 
 def _starts(sizes: Iterable[int]) -> list[int]:

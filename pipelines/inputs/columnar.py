@@ -30,7 +30,7 @@ def read_parquet(file: IO[bytes], name: str) -> Iterator[SourceRow]:
 def read_arrow(file: IO[bytes], name: str) -> Iterator[SourceRow]:
     """Rows of an Arrow stream, as `datasets` saves it, or an Arrow file."""
     start = 0
-    for batch in _batches(file):
+    for batch in arrow_batches(file):
         blobs = [field.name for field in batch.schema if is_blob(field.type)]
         rest = batch.drop_columns(blobs) if blobs else batch
         yield from _rows(rest, name, start, blobs)
@@ -89,7 +89,8 @@ def _row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | None:
         return None
 
 
-def _batches(file: IO[bytes]) -> Iterator[pa.RecordBatch]:
+def arrow_batches(file: IO[bytes] | pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow stream or file, whichever it is."""
     try:
         stream = pa.ipc.open_stream(file)
     except pa.ArrowInvalid:
