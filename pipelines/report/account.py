@@ -165,7 +165,7 @@ def throughput(times: Times, bins: int = 60) -> bytes:
     """`throughput.svg`: images per second over the time in which shards were made."""
     runs, length = times.runs, times.seconds
     if not length:
-        return bars("Images per second", [], "no shard was timed", "", "", alone=True).encode()
+        return bars("Images per second", [], "no shard was timed", "", "").encode()
     starts = np.array([begin for begin, _ in runs])
     before = np.cumsum([0.0, *(end - begin for begin, end in runs)])[:-1]
     edges, done = np.linspace(0, length, bins + 1), np.zeros(bins)
@@ -179,7 +179,7 @@ def throughput(times: Times, bins: int = 60) -> bytes:
     mean = sum(images for _, _, images in times.spans) / length
     paused = f", {len(runs)} runs" if len(runs) > 1 else ""
     caption = f"mean {number(float(f'{mean:.3g}'))}/s, peak {number(float(f'{rates.max():.3g}'))}/s{paused}"
-    return bars("Images per second", rates.tolist(), "0", caption, _duration(length), alone=True).encode()
+    return bars("Images per second", rates.tolist(), "0", caption, _duration(length)).encode()
 
 
 def _machines(

@@ -51,11 +51,9 @@ def stacked(charts: Sequence[str]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{STYLE}{"".join(parts)}</svg>'
 
 
-def bars(
-    title: str, heights: Sequence[float], left: str, middle: str, right: str, *, alone: bool = False
-) -> str:
-    """A row of bars over an axis with three captions; `alone` makes it a file of its own."""
-    return _chart(title, list(heights), left, middle, right, alone=alone)
+def bars(title: str, heights: Sequence[float], left: str, middle: str, right: str) -> str:
+    """A row of bars over an axis with three captions, as a file of its own."""
+    return _chart(title, heights, left, middle, right, alone=True)
 
 
 def number(value: float) -> str:
@@ -68,7 +66,7 @@ def number(value: float) -> str:
 
 
 def _chart(
-    title: str, heights: list[float], left: str, middle: str, right: str, *, alone: bool = False
+    title: str, heights: Sequence[float], left: str, middle: str, right: str, *, alone: bool = False
 ) -> str:
     top, room = max(heights, default=0) or 1, HEIGHT - TOP - BOTTOM
     step = (WIDTH - 2 * LEFT) / max(1, len(heights))
