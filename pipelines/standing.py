@@ -92,12 +92,9 @@ class Standing:
 
     def _sample(self) -> None:
         now = time.monotonic()
-        readings = [engine.reading for engine in self.pulse.engines] if self.pulse else []
-        live = (
-            [engine.reading for engine in self.pulse.engines if engine.state == "running"]
-            if self.pulse
-            else []
-        )
+        engines = self.pulse.engines if self.pulse else ()
+        readings = [engine.reading for engine in engines]
+        live = [engine.reading for engine in engines if engine.state == "running"]
         open_shards = {shard: ended for reading in live for shard, ended in reading.uncommitted.items()}
         self.ended = min(self.total, self.committed + sum(map(sum, open_shards.values())))
         self._samples.append(
