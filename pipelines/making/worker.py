@@ -32,7 +32,7 @@ from ..planning.rows import PlannedImage
 from .attempts import Attempts
 from .images import Maker
 from .images import WorkerBroken as WorkerBroken
-from .models import Models
+from .models import Models, OpenModel
 from .scores import Examiner
 from .shared_lock import SharedLock
 from .tally import STORE, Meter, Tally
@@ -117,23 +117,13 @@ class Worker:
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
-        sample = Sample.of(task.config, plan)
-        encoding = task.config.encoding
-        self._output = Output(
-            {"jpeg": "jpg"}.get(encoding.format, encoding.format),
-            encoding.layout,
-            name or self._model.name,
-            self._model.checksum,
-            encoding.metadata,
-            self._examiner.columns,
-            tuple(source_columns(task.config).values()),
-        )
+        self._output = _output(task.config, name, self._model, self._examiner)
         self._maker = Maker(
             task.config,
             self._model,
             sources,
             self._examiner,
-            sample,
+            Sample.of(task.config, plan),
             self.tally,
             name=self._output.model,
             vae=kind.vae,
@@ -249,6 +239,20 @@ class Worker:
             lines = [f"  model.{k}: {recorded.get(k)} -> {mine.get(k)}" for k in odd]
             self.close()
             raise JobConflict("\n".join(["this worker's model is not the one the job began with:", *lines]))
+
+
+def _output(config: JobConfig, name: str, model: OpenModel, examiner: Examiner) -> Output:
+    """What the parts of a worker's shards share."""
+    encoding = config.encoding
+    return Output(
+        {"jpeg": "jpg"}.get(encoding.format, encoding.format),
+        encoding.layout,
+        name or model.name,
+        model.checksum,
+        encoding.metadata,
+        examiner.columns,
+        tuple(source_columns(config).values()),
+    )
 
 
 @asynccontextmanager
