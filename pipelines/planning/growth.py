@@ -64,19 +64,12 @@ def grow(
         raise InvalidJob("the input changed while it was read; run again when it is complete")
     config.check_rejected(plan.rejected + wrote.rejected, plan.images + wrote.images, UNSTARTED)
     larger = replace(
-        plan,
+        plan.extended(wrote),
         rows=survey.rows,
         images=plan.images + wrote.images,
         rejected=plan.rejected + wrote.rejected,
-        shards=plan.shards + wrote.shards,
         input=files,
         folders=folders(config, source),
-        models={
-            name: [*plan.models.get(name, ()), *wrote.models.get(name, ())]
-            for name in {**plan.models, **wrote.models}
-        },
-        number=plan.number + 1,
-        stamped=plan.stamped + wrote.stamped,
     )
     if wrote.shards:
         store.remove(SUCCESS)  # whoever waits for it must not take the half for the whole

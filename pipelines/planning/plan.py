@@ -14,7 +14,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -67,6 +67,17 @@ class Plan:
     def pictures(self) -> str:
         """The folder of files that rows name by path."""
         return self.folders.get("pictures") or self.folders.get("input") or ""
+
+    def extended(self, wrote: Written) -> Plan:
+        """The next plan, with further shards."""
+        names = {**self.models, **wrote.models}
+        return replace(
+            self,
+            shards=self.shards + wrote.shards,
+            models={name: [*self.models.get(name, ()), *wrote.models.get(name, ())] for name in names},
+            number=self.number + 1,
+            stamped=self.stamped + wrote.stamped,
+        )
 
 
 def shard_path(shard: int) -> str:

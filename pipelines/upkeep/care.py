@@ -199,15 +199,7 @@ def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
     stamps = Stamps(plan.pictures, config.storage_options)
     images = stamped(chain([first], images), config, stamps)  # a source may have been put right since
     wrote = write_shards(store, images, user, config.shards, plan.shards)
-    names = {**plan.models, **wrote.models}
-    again = replace(
-        plan,
-        shards=plan.shards + wrote.shards,
-        retried=plan.shards,
-        models={name: [*plan.models.get(name, ()), *wrote.models.get(name, ())] for name in names},
-        number=plan.number + 1,
-        stamped=plan.stamped + wrote.stamped,
-    )
+    again = replace(plan.extended(wrote), retried=plan.shards)
     store.remove(SUCCESS)
     record_plan(store, again)
     return again
