@@ -22,7 +22,7 @@ from .making.models import Models
 from .making.pools import Pulse
 from .making.worker import Share
 from .metrics import JobMeter
-from .outputs.commit import committed, read_commits, totals
+from .outputs.commit import SUCCESS, committed, is_finished, read_commits, totals
 from .outputs.fingerprint import (
     check,
     fingerprint,
@@ -38,7 +38,7 @@ from .planning.growth import grow
 from .planning.plan import Plan, read_plan, stamps_of, write_plan
 from .planning.replaced import check_sources
 from .progress import Progress, Silent
-from .report import SUCCESS, finish, is_finished
+from .report import finish
 from .runs import RunRecord
 from .standing import Standing
 

@@ -3,6 +3,7 @@
     data/part-00000.parquet          images (or data/images/part-00000/ with metadata.parquet)
     rejected/part-00000.parquet      rows that did not become images; absent when there are none
     _diffray/commits/00000.json      the record: written last, put-if-absent
+    _diffray/SUCCESS.json            the totals of a job whose shards are all final and proven; written at its end
 
 Names derive from the shard number alone, so a redone shard overwrites its own leftovers with the same
 bytes. A file without a record does not count.
@@ -25,6 +26,7 @@ from .store import Store, side_by_side
 from .tables import PlanShard
 
 COMMITS = "_diffray/commits"
+SUCCESS = "_diffray/SUCCESS.json"
 HISTORY = "_diffray/history"
 IMAGES = "data/images"
 WRITERS = 8
@@ -186,6 +188,15 @@ def proven_totals(store: Store, plan: Plan) -> tuple[dict[str, int], list[Commit
         )
     proven = {"planned": plan.images, "images": images, "rejected": rejected, "shards": plan.shards}
     return proven, commits
+
+
+def is_finished(store: Store, plan: Plan) -> bool:
+    """Whether the success mark is there, and speaks of this plan rather than of one that grew since."""
+    try:
+        totals = json.loads(store.read(SUCCESS))
+    except (FileNotFoundError, ValueError):
+        return False  # proving the totals again costs little
+    return bool(totals.get("planned") == plan.images and totals.get("shards") == plan.shards)
 
 
 def recorded(plan: Plan, commits: Iterable[Commit]) -> set[str]:

@@ -22,9 +22,9 @@ from ..hashing import text_hash
 from ..inputs.references import INPUT, Reference, parsed_reference
 from ..inputs.source import Source
 from ..inputs.sources import source_columns
+from ..outputs.commit import SUCCESS
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
-from ..report import SUCCESS
 from .hashes import ImageHashes
 from .plan import UNSTARTED, Plan, folders, planned, read_shard, record_plan, stamps_of, write_shards
 from .rows import PlannedImage

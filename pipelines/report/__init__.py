@@ -16,7 +16,7 @@ import json
 
 from ..config import JobConfig
 from ..making.models import shown_name
-from ..outputs.commit import archive_retried, proven_totals, read_commits
+from ..outputs.commit import SUCCESS, archive_retried, proven_totals, read_commits
 from ..outputs.index import Index, read_index
 from ..outputs.sample import Sample
 from ..outputs.store import SCRATCH, Store
@@ -24,8 +24,6 @@ from ..planning.plan import Plan
 from ..runs import prompts, read_runs
 from . import account, card, charts, duplicates, gallery, sheet
 from .account import TIMED_FILES as TIMED_FILES
-
-SUCCESS = "_diffray/SUCCESS.json"
 
 
 def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
@@ -55,17 +53,6 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
         store.remove(f"{SCRATCH}/{leftover}")
     store.write(SUCCESS, (json.dumps(totals, indent=2) + "\n").encode())
     return totals
-
-
-def is_finished(store: Store, plan: Plan) -> bool:
-    """Whether the success mark is there, and speaks of this plan rather than of one that grew since."""
-    try:
-        totals = json.loads(store.read(SUCCESS))
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        return False  # proving the totals again costs little
-    return bool(totals.get("planned") == plan.images and totals.get("shards") == plan.shards)
 
 
 def _write_pages(

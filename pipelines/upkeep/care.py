@@ -25,7 +25,7 @@ from ..job import Generate, JobResult, complete, result
 from ..making.actors import generate_on_ray
 from ..making.attempts import Attempts
 from ..making.models import Models
-from ..outputs.commit import Commit, commit_path, committed, current_path, read_commit
+from ..outputs.commit import SUCCESS, Commit, commit_path, committed, current_path, read_commit
 from ..outputs.fingerprint import check, fingerprint, recorded_config
 from ..outputs.lock import Lock
 from ..outputs.store import SCRATCH, Store, side_by_side
@@ -34,7 +34,6 @@ from ..planning.plan import Plan, read_plan, read_plans, read_shard, record_plan
 from ..planning.rows import PlannedImage
 from ..planning.stamping import stamped
 from ..progress import Progress, Silent
-from ..report import SUCCESS
 from ..runs import last_workers, read_runs
 from .verification import Verification, verify
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..outputs.commit import committed, read_commits, totals
+from ..outputs.commit import committed, is_finished, read_commits, totals
 from ..outputs.lock import owner
 from ..outputs.store import Store
-from ..report import is_finished
 from .care import planned_job
 
 

@@ -26,12 +26,14 @@ from ..hashing import text_hash
 from ..outputs.commit import (
     HISTORY,
     IMAGES,
+    SUCCESS,
     Commit,
     brief,
     commit_path,
     committed,
     current_path,
     differences,
+    is_finished,
     read_commit,
     recorded,
     visible,
@@ -39,7 +41,6 @@ from ..outputs.commit import (
 from ..outputs.parts import PART
 from ..outputs.store import Store
 from ..planning.plan import Plan, read_plan, read_shard, shard_path
-from ..report import SUCCESS, is_finished
 
 READERS = 4
 """Shards that are read at once; each is held in memory."""
