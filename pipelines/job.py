@@ -93,8 +93,7 @@ def run(
     source = Source(config.inputs, config.storage_options, config.limit)
     refuse_entangled(store, source)
     kinds = {name: models.config(options) for name, options in config.every_model.items()}
-    identities = {name: models.identity(options) for name, options in config.every_model.items()}
-    mine, files = fingerprint(config, kinds, identities), source.fingerprint()
+    mine, files = fingerprint(config, kinds, models), source.fingerprint()
     refuse_foreign(store)
     if plan := read_plan(store):
         check(store, mine)

@@ -15,6 +15,7 @@ from diffray.model.errors import JobConflict
 
 from ..config import InvalidJob, JobConfig
 from ..inputs.source import Source
+from ..making.models import Models
 from ..making.scores import facts as facts_of
 from .store import Store
 
@@ -35,19 +36,20 @@ VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
 """The software that decides the bytes of images, image files and Parquet files."""
 
 
-def fingerprint(
-    config: JobConfig, models: Mapping[str, ModelConfig], identities: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def fingerprint(config: JobConfig, kinds: Mapping[str, ModelConfig], models: Models) -> dict[str, Any]:
     """Config (but for where it runs, reads and writes), model and software, as plain JSON values.
 
     What the input holds is the plan's business: it may grow.
 
     Args:
         config: the job.
-        models: every model of it by name.
-        identities: checksums of each, as `Models.identity` gives them.
+        kinds: every model of it by name.
+        models: knows the checksums of their files.
     """
-    facts = {name: {**asdict(model), **identities[name]} for name, model in models.items()}
+    facts = {
+        name: {**asdict(kinds[name]), **models.identity(options)}
+        for name, options in config.every_model.items()
+    }
     pages = {name: getattr(config, name) for name in _PAGES}
     values: dict[str, Any] = {
         "config": config.model_dump(

@@ -144,8 +144,7 @@ def _output(config: JobConfig, models: Models, kinds: Mapping[str, ModelConfig],
     plan = read_plan(store)
     if plan is None:
         return "new"
-    identities = {name: models.identity(options) for name, options in config.every_model.items()}
-    check(store, fingerprint(config, kinds, identities))
+    check(store, fingerprint(config, kinds, models))
     grew = "" if plan.input == source.fingerprint() else "; the input is not what was planned"
     check_sources(store, config, plan, stamps_of(config, source))
     return f"{len(committed(store))} of {plan.shards} shards are there{grew}"

@@ -174,7 +174,7 @@ def retry_rejected(
     config = JobConfig.checked({**recorded, **values})
     models = models or Models(config.storage)
     kinds = {name: models.config(model) for name, model in config.every_model.items()}
-    check(store, fingerprint(config, kinds, {n: models.identity(m) for n, m in config.every_model.items()}))
+    check(store, fingerprint(config, kinds, models))
     with Lock.acquire(store, take_over=take_over) as lock:
         plan = planned_job(store)
         missing = set(range(plan.shards)) - committed(store)
