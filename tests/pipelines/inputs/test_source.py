@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import datasets
 import fsspec
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,16 +42,12 @@ def png(colour: str) -> bytes:
     return sink.getvalue()
 
 
-def colours(place: Place, output: str = "out") -> dict[str, tuple[int, int, int]]:
+def colours(place: Place, output: str = "out") -> dict[str, str]:
     """Prompt to the main channel of its picture: the fake engine mixes the source with noise."""
     found = {}
     for row in place.rows(output):
-        pixel = (
-            Image.open(io.BytesIO(row["image"]["bytes"]))
-            .resize((1, 1), Image.Resampling.BOX)
-            .getpixel((0, 0))
-        )
-        found[row["prompt"]] = "rgb"[max(range(3), key=lambda i: pixel[i])]
+        mean = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).mean(axis=(0, 1))
+        found[row["prompt"]] = "rgb"[mean.argmax()]
     return found
 
 
@@ -241,13 +238,10 @@ def test_reading_a_tar_takes_no_more_memory_when_it_is_longer(place: Place) -> N
         ("a.webp2", b"", "allowed endings"),
     ],
 )
-def test_inputs_that_are_none_are_refused(
-    place: Place, name: str, content: bytes | None, message: str
-) -> None:
-    path = place.path / name
-    path.mkdir() if content is None else path.write_bytes(content)
+def test_inputs_that_are_none_are_refused(place: Place, name: str, content: bytes, message: str) -> None:
+    path = place.write(content, name)
     with pytest.raises(InvalidJob, match=message):
-        list(Source(str(path)).rows())
+        list(Source(path).rows())
 
 
 @pytest.fixture
@@ -336,7 +330,7 @@ def test_inputs_are_read_with_their_own_storage_options(place: Place) -> None:
     assert colours(place) == {"one": "r"}
 
 
-def test_the_fingerprint_sees_every_change(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_sees_every_change(place: Place) -> None:
     for name in ("p/1.png", "p/2.png"):
         (place.path / name).parent.mkdir(exist_ok=True)
         (place.path / name).write_bytes(png("red"))
@@ -407,13 +401,12 @@ def test_every_kind_of_input_is_read_from_object_storage(
     url = s3.folder()
     files.put(str(folder), url.removeprefix("s3://"), recursive=True)
     expected = {"t.csv": (1, 1), "p.parquet": (1, 0), "w.tar": (1, 0), "ds": (1, 0), "pics": (1, 0)}
-    for name in (*expected, "pics/*/*.png"):
+    for number, name in enumerate([*expected, "pics/*/*.png"]):
         options = {"templates": {"prompt": "one"}} if name not in ("t.csv", "w.tar") else {}
-        result = place.job(
-            f"{url}/{name}", name.strip("/*.png"), task="augment", storage={"s3": s3.options()}, **options
-        )
+        output = f"out{number}"
+        result = place.job(f"{url}/{name}", output, task="augment", storage={"s3": s3.options()}, **options)
         assert (result.images, result.rejected) == expected.get(name, (1, 0)), name
-        assert colours(place, name.strip("/*.png")) == {"one": "r"}, name
+        assert colours(place, output) == {"one": "r"}, name
 
 
 @pytest.mark.parametrize("place_of_change", [0, 5_000, -1])

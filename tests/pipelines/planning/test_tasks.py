@@ -7,7 +7,6 @@ import io
 import json
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -543,7 +542,7 @@ def test_a_row_that_diffray_wrote_keeps_its_size_where_columns_are_left_alone(pl
     assert (one["width"], one["input_width"]) == ("64", "101") == (two["width"], two["input_width"])
 
 
-def test_limit_takes_the_first_rows(place: Place, tmp_path: Path) -> None:
+def test_limit_takes_the_first_rows(place: Place) -> None:
     table = place.write("prompt\na\nb\nc\n")
     assert place.job(table, limit=2).images == 2
     assert [row["prompt"] for row in place.rows()] == ["a", "b"]

@@ -164,7 +164,7 @@ def test_scores_are_plotted_without_a_gallery(place: Place) -> None:
 
 
 def test_a_job_that_grew_shows_the_same_as_one_from_the_start(place: Place) -> None:
-    small, large = "id,prompt\n" + "".join(f"{i},x\n" for i in range(60)), "id,prompt\n"
+    small = "id,prompt\n" + "".join(f"{i},x\n" for i in range(60))
     large = small + "".join(f"{i},x\n" for i in range(60, 150))
     for name, texts in (("grown", [small, large]), ("whole", [large])):
         for text in texts:
