@@ -106,6 +106,13 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """`datasets` without the hub; its folder for what it has read."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return str(tmp_path / "cache")
+
+
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     import ray

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from diffray.pipelines import progress
 from diffray.pipelines.making.pools import EngineFacts, Pulse
-from diffray.pipelines.making.tally import Reading, Tally
+from diffray.pipelines.making.tally import Reading
 from diffray.pipelines.progress import Lines, Terminal
 from diffray.pipelines.standing import Standing
 
@@ -31,7 +31,6 @@ ENGINE = EngineFacts("a", "m", "running", 30.0, reading=READING)
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr("diffray.pipelines.making.tally.time.monotonic", lambda: now[0])
     return now
 
 
@@ -90,23 +89,3 @@ def test_the_live_display_says_the_same() -> None:
     assert "5 of 40 images" in shown
     assert "0 rejected  ·  1 shard in work, 5 waiting" in shown
     assert "1 engine 90% busy, slots 75% full, 1 starting  ·  engine 8, encode 2, store 0" in shown
-
-
-def test_a_tally_integrates_how_full_the_engine_is(clock: list[float]) -> None:
-    tally = Tally(slots=4)
-    clock[0] += 5  # idle
-    tally.begin(7)
-    with tally.inside("engine"), tally.inside("engine"):
-        clock[0] += 3
-    tally.made(7, {})
-    tally.rejected(7, "generate")
-    with tally.inside("engine", 9):
-        clock[0] += 1
-        reading = tally.reading()
-    assert (reading.up, reading.busy, reading.filled) == (9.0, 4.0, 3 * 2 + 1 * 4)
-    assert reading.occupancy == pytest.approx(10 / 16)
-    assert (reading.images, reading.rejected, reading.uncommitted) == (1, {"generate": 1}, {7: (1, 1)})
-    assert reading.inside == {"engine": 9}
-    assert reading.first_image == 3.0
-    tally.end(7)
-    assert tally.reading().uncommitted == {}

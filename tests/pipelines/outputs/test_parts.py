@@ -7,7 +7,6 @@ import json
 import re
 import tarfile
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,6 @@ from diffray.pipelines.planning.plan import read_shard
 from ..conftest import Place
 
 TABLE = 'id,prompt,n,label\n../x,"a (red:1.2) circle, ☃",3,x\np,POISON,1,y\nA,"=cmd|\'/c\'!A0",1,z\na,"two\nlines",1,\n'
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return str(tmp_path / "cache")
 
 
 def pixels(image: Image.Image) -> list[int]:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from .conftest import Place
-from .fake import CONFIG
+from ..conftest import Place
+from ..fake import CONFIG
 
 TABLE = 'prompt,n,label\n"a (red:1.2) circle, ☃",3,x\nPOISON,1,y\nq,2,z\n'
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return str(tmp_path / "cache")
 
 
 def test_datasets_opens_the_output_in_both_ways(place: Place, offline: str) -> None:
@@ -47,21 +40,6 @@ def test_pandas_opens_the_output(place: Place) -> None:
     image = Image.open(io.BytesIO(frame["image"][0]["bytes"]))
     assert (image.format, image.size) == ("PNG", (16, 16))
     assert {"steps", "sampler", "seed", "guidance_scale", "model_checksum", "label"} <= set(frame.columns)
-
-
-def test_image_files_with_their_table(place: Place, offline: str) -> None:
-    datasets = pytest.importorskip("datasets")
-    table = place.write("id,prompt\n../../etc/passwd,a\nA,b\na,c\nPOISON,POISON\n")
-    place.job(table, encoding={"layout": "files"})
-    place.job(table, "parquet")
-    folder = place.path / "out/data/images/part-00000"
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == ["00000-_etc_passwd-0.png", "00001-A-0.png", "00002-a-0.png", "metadata.parquet"]
-    data = datasets.load_dataset(str(place.path / "out"), split="train", cache_dir=offline)
-    packed = {row["id"]: row["image"]["bytes"] for row in place.rows("parquet")}
-    assert len(data) == 3
-    for row in data:
-        assert np.array_equal(np.asarray(row["image"]), np.asarray(Image.open(io.BytesIO(packed[row["id"]]))))
 
 
 def test_near_duplicates_are_a_column_beside_the_images(place: Place, offline: str) -> None:
@@ -101,15 +79,6 @@ def test_a_png_carries_its_request(place: Place) -> None:
     request = json.loads(Image.open(io.BytesIO(row["image"]["bytes"])).text["diffray"])
     assert (request["prompt"], request["seed"]) == ("a (red:1.2) circle, ☃", row["seed"])
     assert request["steps"] == CONFIG.defaults.steps
-
-
-def test_the_contact_sheet_shows_the_first_images(place: Place) -> None:
-    long = "word " * 100 + "x" * 500
-    place.job(place.write(f"prompt,n\n{long},3\nq,20\n"), contact_sheet=7)
-    sheet = Image.open(place.path / "out" / "contact_sheet.png")
-    assert sheet.size == (6 * 200 + 8, 2 * (200 + 3 * 14) + 8)
-    place.job(str(place.path / "prompts.csv"), "none", contact_sheet=0)
-    assert not (place.path / "none" / "contact_sheet.png").exists()
 
 
 def test_no_time_and_no_place_is_in_what_users_see(place: Place) -> None:
