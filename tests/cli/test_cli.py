@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from diffray.cli.app import app
 from diffray.model.errors import GenerationError
-from diffray.pipelines import JobConfig, Store, job_status
-from diffray.pipelines import job as job_module
+from diffray.pipelines import Store, job_status
 from diffray.pipelines.runs import read_runs
+from tests.pipelines.fake import FakeModels
+
+from .conftest import diffray
 
 DIFFRAY = Path(sys.executable).with_name("diffray")
-
-
-def _neighbour(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "pipelines" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"cli_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[f"cli_{name}"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Jobs of the command run on the fake engine, in this process."""
-    import asyncio
-
-    from diffray.pipelines.making.worker import Task, Worker
-
-    def in_process(config: JobConfig, number: int, store: Any, models: Any, shares: Any) -> Any:
-        for share in shares:
-            worker = Worker(Task(config, number, share.model), store, models)
-            for shard in share.shards:
-                commit = asyncio.run(worker.make(shard))
-                yield commit.images, commit.rejected
-            worker.close()
-
-    module = _neighbour("fake")
-    monkeypatch.setattr(job_module, "Models", module.FakeModels)
-    monkeypatch.setitem(job_module.run.__kwdefaults__, "generate", in_process)
-    return module
-
-
-def diffray(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    path = tmp_path / "p.csv"
-    path.write_text("id,prompt\na,x\nb,POISON\n")
-    return path
 
 
 def test_help_and_version_do_not_wait_for_torch_or_ray() -> None:
@@ -160,27 +116,29 @@ def test_too_many_rejected_rows_exit_4_and_the_rest_is_there(table: Path, tmp_pa
     assert (code, "width: got 'wide'" in text, "not all may be; a run would stop" in error) == (4, True, True)
 
 
+@pytest.mark.usefixtures("fake")
 def test_a_failure_exits_1_and_debug_shows_where(
-    table: Path, tmp_path: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
         raise GenerationError("no such luck")
 
-    monkeypatch.setattr(fake.FakeModels, "open", fails)
+    monkeypatch.setattr(FakeModels, "open", fails)
     code, _, error = diffray("generate", table, tmp_path / "o")
     assert (code, error.splitlines()[-1]) == (1, "diffray: no such luck")
     result = CliRunner().invoke(app, ["--debug", "generate", str(table), str(tmp_path / "o")])
     assert isinstance(result.exception, GenerationError)
 
 
+@pytest.mark.usefixtures("fake")
 def test_ctrl_c_exits_130_and_releases_the_output(
-    table: Path, tmp_path: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fake.FakeModels, "open", stopped)
+        patch.setattr(FakeModels, "open", stopped)
         code, _, error = diffray("generate", table, tmp_path / "o")
     assert (code, "run the same command to go on" in error) == (130, True)
     assert job_status(str(tmp_path / "o")).owner is None

@@ -10,18 +10,13 @@ from typing import Any
 import pytest
 import typer
 from pydantic import BaseModel, TypeAdapter
-from typer.testing import CliRunner
 
 from diffray.cli import batch
-from diffray.cli.app import app
 from diffray.cli.command import STORAGE, job_values
 from diffray.cli.options import OPTIONS
 from diffray.pipelines import JobConfig, ModelOptions, Workers
 
-
-def diffray(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
+from .conftest import diffray
 
 
 @pytest.fixture

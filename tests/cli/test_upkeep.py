@@ -6,26 +6,20 @@ import json
 import os
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from diffray.cli.storage import storage_from
-from diffray.pipelines import JobConfig, Workers
-from diffray.pipelines import job as job_module
-from diffray.pipelines.upkeep import care as upkeep_module
-from tests.cli.test_cli import diffray
-from tests.cli.test_cli import fake as fake
-from tests.cli.test_cli import table as table
+from diffray.pipelines import JobConfig, Workers, retry_rejected
+from tests.pipelines.fake import FakeEngine
+
+from .conftest import diffray
 
 
 @pytest.fixture
-def out(table: Path, tmp_path: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
+def out(table: Path, tmp_path: Path, fake: None) -> Path:
     """A finished job of one image and one rejected row."""
-    monkeypatch.setattr(upkeep_module, "Models", fake.FakeModels)
-    generate = (job_module.run.__kwdefaults__ or {})["generate"]
-    monkeypatch.setitem(upkeep_module.retry_rejected.__kwdefaults__ or {}, "generate", generate)
     assert diffray("generate", table, tmp_path / "out")[0] == 0
     return tmp_path / "out"
 
@@ -82,10 +76,10 @@ def test_verify_of_an_unfinished_job_exits_1(out: Path, table: Path) -> None:
     assert (code, json.loads(text)["missing"]) == (0, 0)
 
 
-def test_retry_rejected(out: Path, fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_rejected(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert diffray("retry-rejected", out)[1].startswith("1 images, 1 still rejected, ")
     assert diffray("retry-rejected", out, "--max-rejected", 0.4)[0] == 4
-    monkeypatch.setattr(fake.FakeEngine, "poisonous", False)
+    monkeypatch.setattr(FakeEngine, "poisonous", False)
     assert diffray("retry-rejected", out)[1].startswith("2 images, 0 still rejected, ")
     assert diffray("retry-rejected", out)[1] == f"nothing to do: no row of {out} is rejected\n"
     assert diffray("verify", out)[0] == 0
@@ -98,7 +92,7 @@ def test_retries_go_on_with_the_workers_that_are_named_and_the_last_runs_for_the
     assert diffray("generate", table, again, "--patience", 9)[0] == 2, "no flag of its own"
     first = ["--job", "workers.patience=9", "--price-per-hour", 3, "--gpus", 0.5, "--label", "zone=a"]
     assert diffray("generate", table, again, *first)[0] == 0
-    used, defaults = [], upkeep_module.retry_rejected.__kwdefaults__ or {}
+    used, defaults = [], retry_rejected.__kwdefaults__ or {}
     generate = defaults["generate"]
 
     def watched(config: JobConfig, *arguments: Any) -> Any:
