@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +50,14 @@ def facts(device: torch.device) -> dict[str, str | int | float]:
         found["cuda"] = str(torch.version.cuda)
         found["cudnn"] = int(torch.backends.cudnn.version() or 0)
     return found
+
+
+def save(folder: Path, name: str, values: dict[str, Any]) -> None:
+    """Write what was measured on this machine's CPU as JSON, for `report.py` to read."""
+    cpu = torch.device("cpu")
+    found = {"name": name, "machine": facts(cpu), "kind": kind(cpu), **values}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}-{found['kind']}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def yardstick(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> float:

@@ -67,7 +67,6 @@ class Measurement:
     ratios: dict[str, dict[str, Interval]] = field(default_factory=dict)
     distance: dict[str, dict[str, float]] = field(default_factory=dict)
     yardstick: list[float] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path = RESULTS) -> Path:
         """Write the raw numbers as JSON; the same comparison on the same kind of machine replaces its file."""

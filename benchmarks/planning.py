@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from diffray.pipelines import JobConfig, Store, run
 from diffray.pipelines.outputs.commit import Commit, commit_path
@@ -133,15 +132,7 @@ def main() -> None:
                 measure(folder, rows, "plan, pictures by path")
                 half_committed(str(folder / "out"))
                 measure(folder, rows, "start again, pictures by path")
-    kind = machine.kind(torch.device("cpu"))
-    values = {
-        "name": "planning",
-        "machine": machine.facts(torch.device("cpu")),
-        "kind": kind,
-        "planning": found,
-    }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"planning-{kind}.json").write_text(json.dumps(values, indent=1) + "\n")
+    machine.save(options.results, "planning", {"planning": found})
 
 
 @contextmanager

@@ -40,25 +40,23 @@ def table(folder: Path = RESULTS) -> str:
     for kind in sorted({one["kind"] for one in found}):
         here = [one for one in found if one["kind"] == kind]
         parts.append(_machine(here[0]["machine"]))
-        served, here = [one for one in here if "loads" in one], [one for one in here if "ratios" in one]
-        if rows := [row for one in here if BARE not in one["ratios"] for row in _paired(one)]:
+        paired = [one for one in here if "ratios" in one]
+        if rows := [row for one in paired if BARE not in one["ratios"] for row in _paired(one)]:
             parts.append(_table(PAIRED, rows))
-        if rows := [row for one in here if BARE in one["ratios"] for row in _jobs(one)]:
+        if rows := [row for one in paired if BARE in one["ratios"] for row in _jobs(one)]:
             parts.append(_table(JOBS, rows))
-        for one in found:
-            if one["kind"] == kind and "scale" in one:
-                parts += [
-                    _scale_title(one),
-                    _table(SCALE, [_scale(row, one["scale"][0]) for row in one["scale"]]),
-                ]
-            if one["kind"] == kind and "planning" in one:
+        for one in here:
+            if "scale" in one:
+                rows = [_scale(row, one["scale"][0]) for row in one["scale"]]
+                parts += [_scale_title(one), _table(SCALE, rows)]
+            if "planning" in one:
                 parts += ["The driver's part of a large table, before the first image:"]
                 parts += [_table(PLANNING, [_planning(row) for row in one["planning"]])]
-            if one["kind"] == kind and "faults" in one:
+            if "faults" in one:
                 parts += ["The service under abuse (`python -m tests.serve.soak`), s and MB:"]
                 parts += [_table(FAULTS, [_fault(row) for row in one["faults"]])]
-        for one in served:
-            parts += [_served(one), _table(HEAD, [list(cells) for cells in served_table(one["loads"])])]
+            if "loads" in one:
+                parts += [_served(one), _table(HEAD, [list(cells) for cells in served_table(one["loads"])])]
     return "\n\n".join(parts) or "No results yet."
 
 
@@ -161,8 +159,9 @@ def _drift(one: dict[str, Any]) -> str:
 def _machine(facts: dict[str, Any]) -> str:
     device = facts.get("gpu") or f"{facts['cpu']}, {facts['cpu_cores']} cores, {facts['cpu_capability']}"
     cuda = f", CUDA {facts['cuda']}, cuDNN {facts['cudnn']}" if "cuda" in facts else ""
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
     return (
-        f"**{device}** ({facts['threads']} threads): torch {facts['torch']}{cuda}, diffusers "
+        f"**{device}** ({threads}): torch {facts['torch']}{cuda}, diffusers "
         f"{facts['diffusers']}, transformers {facts['transformers']}, Ray {facts['ray']}, "
         f"Python {facts['python']}."
     )

@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from diffray.pipelines import JobConfig, ModelOptions, ShardLimits, Store, Workers, run
 from diffray.pipelines.runs import read_runs
 
@@ -90,24 +88,16 @@ def main() -> None:
         runs.append(found)
         print(json.dumps(found), flush=True)
     ray.shutdown()
-    kind = machine.kind(torch.device("cpu"))
     name = "scale-synthetic" + (f"-slow{options.slow:g}" if options.slow != 1 else "")
-    values = {
-        "name": name,
-        "settings": {
-            "step_seconds": options.step,
-            "steps": STEPS,
-            "batch": BATCH,
-            "shards_per_engine": options.shards,
-            "images_per_shard": options.images,
-            "slow": options.slow,
-        },
-        "machine": machine.facts(torch.device("cpu")),
-        "kind": kind,
-        "scale": runs,
+    settings = {
+        "step_seconds": options.step,
+        "steps": STEPS,
+        "batch": BATCH,
+        "shards_per_engine": options.shards,
+        "images_per_shard": options.images,
+        "slow": options.slow,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"{name}-{kind}.json").write_text(json.dumps(values, indent=1) + "\n")
+    machine.save(options.results, name, {"settings": settings, "scale": runs})
 
 
 if __name__ == "__main__":

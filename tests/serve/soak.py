@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from PIL import Image
 
@@ -417,9 +416,7 @@ def main() -> None:
         found.append({"scenario": name, **SCENARIOS[name](given.requests)})
         print(json.dumps(found[-1]), flush=True)
     if given.results:
-        cpu = torch.device("cpu")
-        values = {"name": "faults", "machine": machine.facts(cpu), "kind": machine.kind(cpu), "faults": found}
-        (given.results / f"faults-{values['kind']}.json").write_text(json.dumps(values, indent=1) + "\n")
+        machine.save(given.results, "faults", {"faults": found})
 
 
 if __name__ == "__main__":
