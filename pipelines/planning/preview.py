@@ -56,6 +56,19 @@ class Preview:
     seconds: float | None = None
     basis: str = ""
 
+    def add(self, image: PlannedImage) -> None:
+        """Count one more image of the plan."""
+        self.images += 1
+        if image.reason is not None:
+            self.rejected += 1
+            if len(self.reasons) < REASONS:
+                where = f"{image.file}:{image.line}"
+                self.reasons.append(f"{image.id} ({where}): {image.field}: {image.reason}")
+            return
+        self.work += image.work
+        if image.model:
+            self.models[image.model] += 1
+
     def lines(self) -> Iterator[str]:
         """The preview as text."""
         made = self.images - self.rejected
@@ -113,18 +126,9 @@ def preview(
     name = next(iter(config.every_model))
     for shard in cut(images, config.shards):
         found.shards += 1
-        found.images += len(shard)
         for image in shard:
-            if image.reason is not None:
-                found.rejected += 1
-                if len(found.reasons) < REASONS:
-                    where = f"{image.file}:{image.line}"
-                    found.reasons.append(f"{image.id} ({where}): {image.field}: {image.reason}")
-                continue
-            found.work += image.work
-            if config.models:
-                found.models[image.model] += 1
-            if image.model == name and len(first) < 8:
+            found.add(image)
+            if image.reason is None and image.model == name and len(first) < 8:
                 first.append(image)
     made = found.images - found.rejected
     if rate:
