@@ -35,7 +35,6 @@ from ..checks import MEASURES, NETWORKS, Checks, Scorer
 from ..strict import InvalidJob
 
 TYPES = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "text": pa.string()}
-BUILT_IN = (*MEASURES, *NETWORKS)
 
 Score = Callable[[Image.Image, ImageRequest], Mapping[str, Any]]
 

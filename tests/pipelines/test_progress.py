@@ -47,9 +47,7 @@ def test_images_count_before_their_shard_is_committed_and_deaths_take_them_back(
     assert standing.ended == 30
 
 
-def test_a_shard_that_two_engines_have_in_hand_counts_once_and_never_beyond_the_total(
-    clock: list[float],
-) -> None:
+def test_a_shard_that_two_engines_have_in_hand_counts_once_and_never_beyond_the_total() -> None:
     standing = Standing(33, 30, 0)
     standing.see(Pulse((ENGINE, replace(ENGINE, name="b")), 0, 1))
     assert standing.ended == 33

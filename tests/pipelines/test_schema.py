@@ -48,7 +48,7 @@ def test_the_schema_sees_mistakes(checker: Any, wrong: dict[str, Any]) -> None:
     assert not checker.is_valid({"input": "a", "output": "b", **wrong})
 
 
-def test_everything_is_described(checker: Any) -> None:
+def test_everything_is_described() -> None:
     schema = job_schema()
     for place, part in [("job", schema), *schema["$defs"].items()]:
         for name, field in part.get("properties", {}).items():

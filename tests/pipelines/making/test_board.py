@@ -153,7 +153,7 @@ def test_a_closed_board_ends_all_turns(place: Place, actor: Any) -> None:
     assert asyncio.run(every()) == set()
 
 
-def test_a_board_that_was_restarted_learns_who_holds_what(place: Place) -> None:
+def test_a_board_that_was_restarted_learns_who_holds_what() -> None:
     async def every() -> None:
         fresh = Board([0, 1, 2], 4)
         facts = {"actor": "a", "node": "n", "accelerator": "", "start": {}}

@@ -20,7 +20,8 @@ from diffray.model.errors import JobConflict
 from diffray.model.judges.checks import measure
 from diffray.model.request import ImageRequest
 from diffray.pipelines import InvalidJob, JobConfig
-from diffray.pipelines.making.scores import BUILT_IN, Examiner, columns
+from diffray.pipelines.checks import MEASURES, NETWORKS
+from diffray.pipelines.making.scores import Examiner, columns
 
 from ..conftest import Place, restarting
 
@@ -122,7 +123,7 @@ def test_measures_are_columns(place: Place) -> None:
 def test_without_checks_there_are_no_score_columns(place: Place) -> None:
     place.job(place.write("prompt\nx\n"))
     [row] = place.rows()
-    assert not set(BUILT_IN) & row.keys()
+    assert not {*MEASURES, *NETWORKS} & row.keys()
 
 
 def test_limits_reject_what_is_outside(place: Place) -> None:
@@ -224,9 +225,7 @@ def test_what_makes_no_sense_is_refused(checks: dict[str, Any], message: str) ->
         JobConfig.checked({"input": "a", "output": "b", "checks": checks})
 
 
-def test_safety_checker_and_clip_score(
-    place: Place, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_safety_checker_and_clip_score(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
     from tests.model.clip_models import save_clip, save_safety_checker
 
     clip, strict, lax = (tmp_path_factory.mktemp(name) for name in ("clip", "strict", "lax"))

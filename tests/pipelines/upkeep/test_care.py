@@ -84,7 +84,7 @@ def test_a_lost_shard_of_the_plan_costs_no_image(place: Place, damage: bytes | N
         resume(place)
 
 
-def damages(out: Path, layout: str) -> list[Path]:
+def damages(out: Path) -> list[Path]:
     """Every file that a commit record names."""
     records = sorted((out / "_diffray/commits").glob("*.json"))
     return [out / file["path"] for r in records for file in json.loads(r.read_text())["files"]]
@@ -110,7 +110,7 @@ def damages(out: Path, layout: str) -> list[Path]:
 def test_each_damaged_file_is_found_and_repaired_to_the_byte(place: Place, layout: str, how: str) -> None:
     store = made(place, layout=layout)
     out, clean = place.path / "out", place.bytes()
-    for victim in damages(out, layout)[:: 3 if layout == "files" else 1]:
+    for victim in damages(out)[:: 3 if layout == "files" else 1]:
         whole = victim.read_bytes()
         if how == "remove":
             victim.unlink()
