@@ -24,7 +24,7 @@ from diffray.pipelines.inputs.lance import open_lance
 from diffray.pipelines.inputs.stamps import Stamps
 
 from ..conftest import Place, in_process
-from .test_source import png
+from ..pictures import png
 
 RED, BLUE = png("red"), png("blue")
 DEAD = "http://127.0.0.1:9"

@@ -15,8 +15,8 @@ from diffray.pipelines import InvalidJob
 from diffray.pipelines.inputs.source import Source
 
 from ..conftest import Place, in_process
+from ..pictures import colours, png
 from ..s3 import S3
-from .test_source import colours, png
 
 RED, GREEN, BLUE = png("red"), png("lime"), png("blue")
 

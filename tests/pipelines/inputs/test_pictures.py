@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import resource
 import struct
 import zlib
@@ -24,14 +23,9 @@ from diffray.pipelines.inputs.pictures import fitted, picture
 from diffray.pipelines.inputs.references import BlobError, below
 
 from ..conftest import Place, in_process
+from ..pictures import data
 
 RULES = Pictures()
-
-
-def data(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, format, **options)
-    return sink.getvalue()
 
 
 def header(width: int, height: int) -> bytes:

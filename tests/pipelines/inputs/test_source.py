@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import datasets
 import fsspec
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,26 +28,12 @@ from diffray.pipelines import InvalidJob
 from diffray.pipelines.inputs.source import Source, input_root
 
 from ..conftest import Place
+from ..pictures import colours, png
 from ..s3 import S3
 
 
 def image(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
     return Image.new("RGB", size, colour)
-
-
-def png(colour: str) -> bytes:
-    sink = io.BytesIO()
-    image(colour).save(sink, "PNG")
-    return sink.getvalue()
-
-
-def colours(place: Place, output: str = "out") -> dict[str, str]:
-    """Prompt to the main channel of its picture: the fake engine mixes the source with noise."""
-    found = {}
-    for row in place.rows(output):
-        mean = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))).mean(axis=(0, 1))
-        found[row["prompt"]] = "rgb"[mean.argmax()]
-    return found
 
 
 def tar(path: Path, members: dict[str, bytes | str]) -> str:

@@ -18,7 +18,7 @@ from diffray.pipelines.planning.plan import read_plans, read_shard
 
 from .. import fake
 from ..conftest import Place, in_process
-from .test_source import png
+from ..pictures import png
 
 
 @pytest.fixture

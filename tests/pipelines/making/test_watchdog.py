@@ -18,7 +18,7 @@ from diffray.pipelines.making.watchdog import Hanging, Watchdog
 from diffray.pipelines.making.worker import WorkerBroken
 
 from ..conftest import Place, in_process, restarting
-from ..inputs.test_source import png
+from ..pictures import png
 
 FOLDER = Path(watchdog.__file__).parent
 
