@@ -15,7 +15,7 @@ from . import batch, bench, serve, single, upkeep
 
 app = typer.Typer(
     name="diffray",
-    help="Stable Diffusion as a batch pipeline and a service on Ray: a table of prompts becomes a dataset, "
+    help="Stable Diffusion as a batch pipeline and a service on Ray: a table of prompts becomes a dataset, and "
     "the same models answer online.",
     no_args_is_help=True,
     add_completion=False,

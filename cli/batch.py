@@ -33,12 +33,12 @@ Change = Annotated[
 
 TASKS = {
     "generate": "Make images of prompts: one per row of INPUT, or several.",
-    "augment": "Make variants of the pictures in INPUT, their labels carried along.",
-    "inpaint": "Repaint one side of a mask in every picture of INPUT, and keep the other.",
+    "augment": "Make variants of the pictures in INPUT. Their labels are carried along.",
+    "inpaint": "Repaint one side of a mask in every picture of INPUT. The other side is kept.",
     "outpaint": "Continue every picture of INPUT beyond its sides.",
-    "edit": "Change every picture of INPUT as its prompt says, with an instruct-pix2pix model.",
-    "upscale": "Make every picture of INPUT larger, with a x4 upscaler or by image-to-image.",
-    "encode": "Turn every picture of INPUT into latents of the model's autoencoder, for training sets.",
+    "edit": "Change every picture of INPUT as its prompt says. This takes an instruct-pix2pix model.",
+    "upscale": "Make every picture of INPUT larger. A x4 upscaler does it, or any other model by image-to-image.",
+    "encode": "Turn every picture of INPUT into latents. They are those of the model's autoencoder, for training sets.",
     "decode": "Turn latents back into pictures.",
 }
 
@@ -75,7 +75,7 @@ def plan(
     rate: Rate = None,
     measure: Measure = False,
 ) -> None:
-    """Say what a job would make, and how long it would take; write nothing, start no Ray."""
+    """Say what a job would make, and how long it would take. Nothing is written, and Ray is not started."""
     with reported(context):
         _show(_read(job, change, limit), rate=rate, measure=measure)
 

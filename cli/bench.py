@@ -55,7 +55,7 @@ def serve(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images denoised together.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="File for every figure and request.")] = None,
 ) -> None:
-    """Load a service with random arrivals and report latencies, goodput and how full the batch is.
+    """Load a service with random arrivals. Latencies, goodput and how full the batch is are reported.
 
     Without --url it serves MODEL in three ways, one after the other, under the same load: one request at a time,
     request-level batching (a batch runs to its end before the next begins) and step-level batching.

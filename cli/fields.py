@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[str, typer.Option("--model", "-m", help='"embedded", a path, a URL or a hub id.')]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+DEVICE = typer.Option(help="auto, cpu or cuda.")
+DTYPE = typer.Option(help="auto, float32, float16 or bfloat16.")
+Device = Annotated[str, DEVICE]
+Dtype = Annotated[str, DTYPE]
 Steps = Annotated[int | None, typer.Option(help="Sampler steps.")]
 Width = Annotated[int | None, typer.Option(help="Pixels.")]
 Height = Annotated[int | None, typer.Option(help="Pixels.")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .fields import Device, Dtype, Guidance, Height, Negative, Sampler, Schedule, Set, Steps, Width
+from .fields import DEVICE, DTYPE, Guidance, Height, Negative, Sampler, Schedule, Set, Steps, Width
 
 SIDES = ("left", "top", "right", "bottom")
 
@@ -65,8 +65,8 @@ OPTIONS = (
         "model.adapters",
         PAINTING,
     ),
-    JobOption("device", Device | None, "model.device"),
-    JobOption("dtype", Dtype | None, "model.dtype"),
+    JobOption("device", Annotated[str | None, DEVICE], "model.device"),
+    JobOption("dtype", Annotated[str | None, DTYPE], "model.dtype"),
     JobOption("batch_size", _option(int | None, "Images denoised together."), "model.batch_size"),
     JobOption(
         "prompt",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from diffray.serve.config import ServeConfig
 
 keys = typer.Typer(
-    help="API keys of a service: made here, shown once, kept as hashes in a file that it reads.",
+    help="API keys of a service. They are made here, shown once, and kept as hashes in a file that it reads.",
     no_args_is_help=True,
 )
 File = Annotated[Path, typer.Option("--file", "-f", help="The key file.")]
@@ -52,7 +52,8 @@ def serve(
     dtype: Dtype = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Images denoised together.")] = None,
 ) -> None:
-    """Serve models over HTTP: a page at /, the OpenAI, AUTOMATIC1111 and Stability APIs, and diffray's own.
+    """Serve models over HTTP. There is a page at /, and the OpenAI, AUTOMATIC1111 and Stability APIs are there beside
+    diffray's own.
 
     In one process; with --replicas, or `replicas` in the config, on Ray Serve.
     """
@@ -163,7 +164,7 @@ def revoke(
         bool, typer.Option("--old", help="Keep the newest one, as the end of a rotation.")
     ] = False,
 ) -> None:
-    """Take keys out of the file; running services notice within a second."""
+    """Take keys out of the file. Running services notice within a second."""
     with reported(context):
         from diffray.serve.keys import revoke as revoke_keys
 

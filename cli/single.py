@@ -89,7 +89,7 @@ def inspect(
     source: Annotated[str, typer.Argument(help="Checkpoint: path, URL or hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Say what a checkpoint is, from its headers; exit code 1 when it would not load."""
+    """Say what a checkpoint is, from its headers. The exit code is 1 if it would not load."""
     with reported(context):
         from diffray.model import inspect_source
 
@@ -111,7 +111,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")] = False,
 ) -> None:
-    """Rewrite a checkpoint as safetensors in the other layout or another type."""
+    """Rewrite a checkpoint as safetensors. It may get the other layout, or another type."""
     with reported(context):
         from diffray.model import convert as convert_model
 

@@ -62,7 +62,8 @@ def verify(
     anonymous: Anonymous = False,
     storage: Storage = None,
 ) -> None:
-    """Read every file and image in OUTPUT and prove its checksum, and that each planned image ended exactly once.
+    """Prove that the dataset in OUTPUT is whole. Every file and image is read and compared with its checksum, and each
+    planned image must have ended exactly once.
 
     Exit code 1 when something is wrong, or when planned images are not made yet.
     """
@@ -110,8 +111,8 @@ def _retry_rejected(context: typer.Context, output: str, take_over: bool = False
 retry_rejected = with_options(
     _retry_rejected,
     "retry_rejected",
-    "Run the rejected rows of a finished job again, with its own config and seeds. Workers are as in its last run, "
-    "unless flags say otherwise.",
+    "Run the rejected rows of a finished job again. Config and seeds are the job's own; workers are as in its last "
+    "run, unless flags say otherwise.",
     {"output": Output},
     [MAX_REJECTED, *(one for one in OPTIONS if one.key.startswith("workers."))],
     {"take_over": TakeOver},
@@ -131,7 +132,7 @@ def gc(
     anonymous: Anonymous = False,
     storage: Storage = None,
 ) -> None:
-    """Delete what crashed runs left in OUTPUT: orphaned parts, temporary files, unfinished uploads."""
+    """Delete what crashed runs left in OUTPUT. That is: orphaned parts, temporary files, unfinished uploads."""
     with reported(context):
         from diffray.pipelines import collect
 

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from diffray.cli.app import app
@@ -29,6 +32,21 @@ def test_help_and_version_do_not_wait_for_torch_or_ray() -> None:
     assert loaded.stdout.strip() == "[]"
     shown = subprocess.run([DIFFRAY, "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("diffray ")
+
+
+def commands(group: Any, name: str = "diffray") -> Iterator[tuple[str, Any]]:
+    for part, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} {part}")
+        else:
+            yield f"{name} {part}", command
+
+
+def test_every_option_is_explained_and_every_list_of_commands_holds_whole_sentences() -> None:
+    for name, command in commands(typer.main.get_command(app)):
+        assert not command.get_short_help_str(59).endswith("..."), name
+        for option in command.params:
+            assert option.name == "help" or option.help, f"{name} --{option.name}"
 
 
 @pytest.mark.usefixtures("fake")
