@@ -92,8 +92,8 @@ def run(
     config = config.placed()
     source = Source(config.inputs, config.storage_options, config.limit)
     refuse_entangled(store, source)
-    kinds = {name: models.config(options) for name, options in config.every_model.items()}
-    mine, files = fingerprint(config, kinds, models), source.fingerprint()
+    model_configs = {name: models.config(options) for name, options in config.every_model.items()}
+    mine, files = fingerprint(config, model_configs, models), source.fingerprint()
     refuse_foreign(store)
     if plan := read_plan(store):
         check(store, mine)
@@ -104,9 +104,9 @@ def run(
         plan = read_plan(store)
         if plan is None:
             record(store, mine)
-            plan = write_plan(store, config, kinds, source, files)
+            plan = write_plan(store, config, model_configs, source, files)
         elif plan.input != files:
-            plan = grow(store, config, kinds, source, files, plan)
+            plan = grow(store, config, model_configs, source, files, plan)
         made = complete(config, lock, store, models, plan, progress, generate)
         record_pages(store, mine)
     return result(store, config, plan, made, started)

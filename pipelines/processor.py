@@ -172,7 +172,7 @@ class Generator:
     """The class that Ray Data runs in an actor: one engine, all rows of a batch in flight at once."""
 
     def __init__(self, config: ProcessorConfig, models: Models) -> None:
-        self._config, self._kind = config, models.config(config.model)
+        self._config, self._model_config = config, models.config(config.model)
         self._examiner = Examiner(config.checks)
         self._schema = _schema(self._examiner.columns)
         self._model = models.open(config.model)
@@ -213,12 +213,13 @@ class Generator:
         if values.get("prompt") is None:
             raise InvalidRequest("prompt", "got nothing, every row needs one (it may be empty)")
         request = request_from(values)
-        rules, kind = self._config.pictures, KINDS["generate"]
+        rules = self._config.pictures
         data = {name: _file(name, row[name]) for name in PICTURE_FIELDS if row.get(name) is not None}
         if not data:
             return request
         pictures = {name: picture(file, name, rules) for name, file in data.items()}
-        return kind.request(request, row, fitted(pictures, rules, request.width, request.height), self._kind)
+        pictures = fitted(pictures, rules, request.width, request.height)
+        return KINDS["generate"].request(request, row, pictures, self._model_config)
 
     def _finished(self, image: Image.Image, request: ImageRequest) -> tuple[bytes, Row]:
         """A picture looked at and encoded; runs in a thread."""

@@ -111,9 +111,9 @@ class Worker:
         self._making: dict[int, asyncio.Future[Any]] = {}
         self._returned: set[int] = set()
         self._lock = SharedLock()
-        kind = models.config(task.model)
+        model_config = models.config(task.model)
         plan = read_plan(store)
-        sources = Sources(task.config, kind, plan.input if plan else None, picture_folders(store))
+        sources = Sources(task.config, model_config, plan.input if plan else None, picture_folders(store))
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
@@ -126,7 +126,7 @@ class Worker:
             Sample.of(task.config, plan),
             self.tally,
             name=self._output.model,
-            vae=kind.vae,
+            vae=model_config.vae,
             texts=texts,
         )
         self._origin = Origin(

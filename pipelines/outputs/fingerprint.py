@@ -36,18 +36,20 @@ VERSIONS = ("diffray", "torch", "pillow", "pyarrow")
 """The software that decides the bytes of images, image files and Parquet files."""
 
 
-def fingerprint(config: JobConfig, kinds: Mapping[str, ModelConfig], models: Models) -> dict[str, Any]:
+def fingerprint(
+    config: JobConfig, model_configs: Mapping[str, ModelConfig], models: Models
+) -> dict[str, Any]:
     """Config (but for where it runs, reads and writes), model and software, as plain JSON values.
 
     What the input holds is the plan's business: it may grow.
 
     Args:
         config: the job.
-        kinds: every model of it by name.
+        model_configs: every model of it by name.
         models: knows the checksums of their files.
     """
     facts = {
-        name: {**asdict(kinds[name]), **models.identity(options)}
+        name: {**asdict(model_configs[name]), **models.identity(options)}
         for name, options in config.every_model.items()
     }
     pages = {name: getattr(config, name) for name in _PAGES}

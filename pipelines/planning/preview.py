@@ -113,10 +113,10 @@ def preview(
         JobConflict: the output holds something else, or this job with what changed since.
     """
     config, models = config.placed(), models or Models(config.storage)
-    kinds = {name: models.config(options) for name, options in config.every_model.items()}
+    model_configs = {name: models.config(options) for name, options in config.every_model.items()}
     source = Source(config.inputs, config.storage_options, config.limit)
-    output = _output(config, models, kinds, source)
-    survey, images = planned(config, kinds, source)
+    output = _output(config, models, model_configs, source)
+    survey, images = planned(config, model_configs, source)
     read = [
         name if [name] == list(columns) else f"{name} ({' or '.join(columns)})"
         for name, columns in survey.used.items()
@@ -140,7 +140,9 @@ def preview(
     return found
 
 
-def _output(config: JobConfig, models: Models, kinds: Mapping[str, ModelConfig], source: Source) -> str:
+def _output(
+    config: JobConfig, models: Models, model_configs: Mapping[str, ModelConfig], source: Source
+) -> str:
     """What the output holds, as far as a run would go on with it."""
     store = Store(config.output, config.storage_options(config.output))
     refuse_entangled(store, source)
@@ -148,7 +150,7 @@ def _output(config: JobConfig, models: Models, kinds: Mapping[str, ModelConfig],
     plan = read_plan(store)
     if plan is None:
         return "new"
-    check(store, fingerprint(config, kinds, models))
+    check(store, fingerprint(config, model_configs, models))
     grew = "" if plan.input == source.fingerprint() else "; the input is not what was planned"
     check_sources(store, config, plan, stamps_of(config, source))
     return f"{len(committed(store))} of {plan.shards} shards are there{grew}"

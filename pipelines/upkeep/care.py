@@ -173,8 +173,8 @@ def retry_rejected(
     values["pictures"] = {**recorded.get("pictures", {}), "root": plan.folders.get("pictures")}
     config = JobConfig.checked({**recorded, **values})
     models = models or Models(config.storage)
-    kinds = {name: models.config(model) for name, model in config.every_model.items()}
-    check(store, fingerprint(config, kinds, models))
+    model_configs = {name: models.config(model) for name, model in config.every_model.items()}
+    check(store, fingerprint(config, model_configs, models))
     with Lock.acquire(store, take_over=take_over) as lock:
         plan = planned_job(store)
         missing = set(range(plan.shards)) - committed(store)
