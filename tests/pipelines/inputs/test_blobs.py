@@ -16,6 +16,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from diffray.model.errors import JobError
 from diffray.pipelines.inputs import blobs as blobs_module
@@ -24,7 +25,7 @@ from diffray.pipelines.inputs.lance import open_lance
 from diffray.pipelines.inputs.stamps import Stamps
 
 from ..conftest import Place, in_process
-from ..pictures import png
+from ..pictures import data, png
 
 RED, BLUE = png("red"), png("blue")
 DEAD = "http://127.0.0.1:9"
@@ -226,3 +227,34 @@ def test_lance_tells_an_outage_from_a_dataset_that_is_gone(tmp_path: Path) -> No
     for name, version in (("none", None), ("in", 7)):
         with pytest.raises(FileNotFoundError):
             open_lance(str(tmp_path / f"{name}.lance"), {}, version)
+
+
+@pytest.mark.parametrize("change", ["gone", "shorter", "others"])
+def test_an_input_that_changes_under_a_job_stops_it(place: Place, change: str) -> None:
+    blob = data(Image.new("RGB", (16, 16), "red"))
+    path = place.path / "t.parquet"
+    pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [blob] * 6}), path)
+
+    def later(*arguments: Any) -> Any:
+        path.unlink()
+        if change == "shorter":
+            pq.write_table(pa.table({"prompt": ["x"], "image": [blob]}), path)
+        if change == "others":
+            other = data(Image.new("RGB", (16, 16), "darkorchid"), "BMP")
+            pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [other] * 6}), path)
+        return in_process(*arguments)
+
+    config = place.config(str(path), task="augment")
+    with pytest.raises(JobError, match="the input changed since the job was planned"):
+        place.run(config, generate=later)
+    pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [blob] * 6}), path)
+    assert place.run(config).images == 6
+
+
+def test_pictures_are_read_from_any_storage(place: Place) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/photos/in/a/1.png", data(Image.new("RGB", (16, 16), "red")))
+    memory.pipe_file("/photos/in/t.csv", b"image,prompt\na/1.png,x\nmemory:///photos/in/a/1.png,y\nb.png,z\n")
+    result = place.job("memory://photos/in/t.csv", task="augment")
+    assert (result.images, result.rejected) == (2, 1)
+    assert [row["init_image"] for row in place.rows()] == ["a/1.png"] * 2

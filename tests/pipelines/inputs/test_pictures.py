@@ -5,9 +5,7 @@ from __future__ import annotations
 import resource
 import struct
 import zlib
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffray.model.errors import InvalidRequest, JobError
+from diffray.model.errors import InvalidRequest
 from diffray.pipelines.config import Pictures
-from diffray.pipelines.inputs import cells
-from diffray.pipelines.inputs.blobs import Blobs
 from diffray.pipelines.inputs.pictures import fitted, picture
-from diffray.pipelines.inputs.references import BlobError, below
 
-from ..conftest import Place, in_process
+from ..conftest import Place
 from ..pictures import data
 
 RULES = Pictures()
@@ -166,171 +161,3 @@ def test_a_bad_picture_costs_its_row_and_no_neighbour(place: Place) -> None:
     assert made == {row["row_id"]: row["sha256"] for row in place.rows("good")}
     refused = {r["row_id"]: (r["stage"], r["field"]) for r in place.rows("all", "rejected")}
     assert refused == dict.fromkeys(bad, ("source", "init_image"))
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("file:///etc/passwd", "scheme 'file:' is not allowed"),
-        ("http://169.254.169.254/latest", "scheme 'http:' is not allowed"),
-        ("https://localhost/x.png", "scheme 'https:' is not allowed"),
-        ("s3://other/x.png", "scheme 's3:' is not allowed"),
-        ("simplecache::http://x/y", "forward slashes"),
-        ("C:/x.png", "scheme 'C:' is not allowed"),
-        ("\\\\host\\x.png", "forward slashes"),
-        ("/etc/passwd", "absolute path"),
-        ("../x.png", "leaves the folder"),
-        ("a/../../x.png", "leaves the folder"),
-        ("a\0.png", "forward slashes"),
-        (".", "leaves the folder"),
-        ("missing.png", "no such file"),
-        ("sub", "no such file"),
-    ],
-)
-def test_paths_never_leave_the_folder(
-    place: Place, path: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def connects(*_: object) -> None:
-        raise AssertionError("a connection was opened")
-
-    (place.path / "in/sub").mkdir(parents=True)
-    (place.path / "x.png").write_bytes(data(Image.new("RGB", (16, 16))))
-    monkeypatch.setattr("socket.socket.connect", connects)
-    rows = pa.table({"prompt": ["x"], "init_image": [path]})
-    pq.write_table(rows, place.path / "in/t.parquet")
-    result = place.job(str(place.path / "in/t.parquet"))
-    assert (result.images, result.rejected) == (0, 1)
-    [row] = place.rows(folder="rejected")
-    assert row["field"] == "init_image"
-    assert message in row["reason"]
-
-
-def test_a_root_may_be_elsewhere_and_absolute_paths_below_it_are_fine(place: Place) -> None:
-    (place.path / "pics/a").mkdir(parents=True)
-    (place.path / "pics/a/1.png").write_bytes(data(Image.new("RGB", (16, 16), "red")))
-    lines = f"prompt,init_image\nx,a/1.png\ny,{place.path}/pics/a/1.png\nz,../pics/a/1.png\n"
-    result = place.job(place.write(lines, "in/t.csv"), pictures={"root": str(place.path / "pics")})
-    assert (result.images, result.rejected) == (2, 1)
-    assert [row["init_image"] for row in place.rows()] == ["a/1.png"] * 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("t.parquet#row=9&column=image", "has 1 rows"),
-        ("input:t.parquet#row=0&column=other", "t.parquet#row=0&column=other: no such column"),
-        ("input:t.parquet#row=0&column=prompt", "got string, expected bytes"),
-        ("x.bin#offset=0&bytes=5000", "ends after 4"),
-        ("input:x.bin#row=0&column=a", "x.bin"),
-        ("input:../x.bin#offset=0&bytes=1", "leaves"),
-        ("x.bin", "got 4 bytes, allowed are 3"),
-    ],
-)
-def test_references_to_nothing_say_so(place: Place, text: str, message: str) -> None:
-    pq.write_table(pa.table({"prompt": ["x"], "image": [b"i"]}), place.path / "t.parquet")
-    (place.path / "x.bin").write_bytes(b"four")
-    limit = 3 if text == "x.bin" else 10_000
-    blobs = Blobs(str(place.path), None, lambda url: {}, limit)
-    with pytest.raises(BlobError, match=message):
-        blobs.read(text)
-    assert blobs.read("input:t.parquet#row=0&column=image") == b"i"
-
-
-@pytest.mark.parametrize("change", ["gone", "shorter", "others"])
-def test_an_input_that_changes_under_a_job_stops_it(place: Place, change: str) -> None:
-    blob = data(Image.new("RGB", (16, 16), "red"))
-    path = place.path / "t.parquet"
-    pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [blob] * 6}), path)
-
-    def later(*arguments: Any) -> Any:
-        path.unlink()
-        if change == "shorter":
-            pq.write_table(pa.table({"prompt": ["x"], "image": [blob]}), path)
-        if change == "others":
-            other = data(Image.new("RGB", (16, 16), "darkorchid"), "BMP")
-            pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [other] * 6}), path)
-        return in_process(*arguments)
-
-    config = place.config(str(path), task="augment")
-    with pytest.raises(JobError, match="the input changed since the job was planned"):
-        place.run(config, generate=later)
-    pq.write_table(pa.table({"prompt": ["x"] * 6, "image": [blob] * 6}), path)
-    assert place.run(config).images == 6
-
-
-def test_pictures_are_read_from_any_storage(place: Place) -> None:
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/photos/in/a/1.png", data(Image.new("RGB", (16, 16), "red")))
-    memory.pipe_file("/photos/in/t.csv", b"image,prompt\na/1.png,x\nmemory:///photos/in/a/1.png,y\nb.png,z\n")
-    result = place.job("memory://photos/in/t.csv", task="augment")
-    assert (result.images, result.rejected) == (2, 1)
-    assert [row["init_image"] for row in place.rows()] == ["a/1.png"] * 2
-
-
-def test_cells_are_found_in_any_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row group with all of the file in it, as pandas writes it, read at several places and columns in turn."""
-    count = 600
-    table = pa.table({"a": [b"a%d" % i for i in range(count)], "b": [b"b%d" % i for i in range(count)]})
-    pq.write_table(table, place.path / "t.parquet", row_group_size=count)
-    windows = []
-    advance = cells._Cursor.advance
-    monkeypatch.setattr(cells._Cursor, "advance", lambda self: (windows.append(1), advance(self)))
-    blobs = Blobs(str(place.path), None, lambda url: {}, 10**9)
-    for row in (start + step for step in range(150) for start in (0, 450, 150, 300)):
-        assert blobs.read(f"t.parquet#row={row}&column=a") == b"a%d" % row
-        assert blobs.read(f"t.parquet#row={row}&column=b") == b"b%d" % row
-    once = -(-count // cells.WINDOW) * 2
-    assert len(windows) < 4 * once, "four readers in turn must not make each other start again"
-    for row in (3, 2, 599, 64, 63, 31, 32, 0):
-        assert blobs.read(f"t.parquet#row={row}&column=a") == b"a%d" % row
-
-
-@pytest.mark.parametrize(("places", "columns"), [(4, 3), (16, 2)])
-def test_no_place_loses_its_cursor_to_another(
-    place: Place, monkeypatch: pytest.MonkeyPatch, places: int, columns: int
-) -> None:
-    """As many shards in flight, of rows with so many pictures, whose places are all in one row group."""
-    count, names = 2048, "abc"[:columns]
-    cells_of = {name: [f"{name}{i}".encode() for i in range(count)] for name in names}
-    pq.write_table(pa.table(cells_of), place.path / "t.parquet", row_group_size=count)
-    windows = []
-    advance = cells._Cursor.advance
-    monkeypatch.setattr(cells._Cursor, "advance", lambda self: (windows.append(1), advance(self)))
-    blobs = Blobs(str(place.path), None, lambda url: {}, 10**9, places=places)
-    size = count // places
-    for step in range(size):
-        for row in range(step, count, size):
-            for name in names:
-                assert blobs.read(f"t.parquet#row={row}&column={name}") == cells_of[name][row]
-    # Each place is reached from the beginning of the row group, and once it is, no row is read again.
-    assert len(windows) == columns * sum(size * (shard + 1) // cells.WINDOW for shard in range(places))
-
-
-def test_below_accepts_what_lies_below() -> None:
-    assert below("s3://bucket/root", "s3://bucket/root/a/b.png") == "a/b.png"
-    assert below("/data", "a/./b.png") == "a/b.png"
-
-
-def test_pictures_are_read_ahead_but_never_all_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffray.pipelines.making import images
-
-    held, most = 0, 0
-    original: Callable[..., Any] = images.Maker._outcome
-
-    async def counted(self: Any, ready: Any, spent: Any) -> Any:
-        nonlocal held, most
-        held += 1
-        most = max(most, held)
-        try:
-            return await original(self, ready, spent)
-        finally:
-            held -= 1
-
-    monkeypatch.setattr(images.Maker, "_outcome", counted)
-    (place.path / "in").mkdir()
-    (place.path / "in/a.png").write_bytes(data(Image.new("RGB", (16, 16), "red")))
-    table = place.write("image,prompt\n" + "a.png,x\n" * 60, "in/t.csv")
-    assert place.job(table, task="augment", shards={"images": 60}).images == 60
-    assert 2 < most <= 2 * 2 + images.READERS

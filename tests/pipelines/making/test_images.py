@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from diffray.model.errors import JobError
 from diffray.pipelines.inputs.sources import Sources
 from diffray.pipelines.making import images
 
 from ..conftest import Place
+from ..pictures import data
 
 
 @pytest.fixture
 def failing(place: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A job on three rows with pictures; reading the second one raises this."""
-    from PIL import Image
-
     Image.new("RGB", (16, 16), "red").save(place.path / "red.png")
     table = place.write("id,prompt,init_image\na,p,red.png\nb,p,red.png\nc,p,red.png\n")
     read = Sources.ready
@@ -62,3 +63,24 @@ def test_whatever_encoding_raises_costs_its_row(place: Place, monkeypatch: pytes
     assert (result.images, result.rejected) == (1, 1)
     [row] = place.rows(folder="rejected")
     assert (row["prompt"], row["stage"], row["reason"]) == ("odd", "encode", "MemoryError")
+
+
+def test_pictures_are_read_ahead_but_never_all_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, most = 0, 0
+    original: Callable[..., Any] = images.Maker._outcome
+
+    async def counted(self: Any, ready: Any, spent: Any) -> Any:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        try:
+            return await original(self, ready, spent)
+        finally:
+            held -= 1
+
+    monkeypatch.setattr(images.Maker, "_outcome", counted)
+    (place.path / "in").mkdir()
+    (place.path / "in/a.png").write_bytes(data(Image.new("RGB", (16, 16), "red")))
+    table = place.write("image,prompt\n" + "a.png,x\n" * 60, "in/t.csv")
+    assert place.job(table, task="augment", shards={"images": 60}).images == 60
+    assert 2 < most <= 2 * 2 + images.READERS
