@@ -40,7 +40,7 @@ from .worker import Share, Task, Worker, WorkerBroken
 INIT_DEATHS = 3
 """Actors in a row that may die while they start."""
 DATA_THREADS = ("Prefetcher", "StreamingExecutor-", "ray-data-metadata-prefetch", "iter_threaded")
-"""How the names of the threads begin that Ray Data has in the driver."""
+"""How the names of Ray Data's threads in the driver begin."""
 SETTLE = 10.0
 """Seconds that each of them may take to end."""
 

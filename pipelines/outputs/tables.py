@@ -113,7 +113,7 @@ def data_schema(
 
     Args:
         user: the columns carried from the input.
-        more: digests of sources, and scores.
+        more: digests of sources, the frame of the source picture, and scores.
     """
     image = [pa.field("file_name", pa.string())] if files else [pa.field("image", IMAGE)]
     if latents:

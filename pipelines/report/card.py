@@ -76,10 +76,10 @@ COLUMNS = {
     "brightness": "mean luma, 0 to 1",
     "contrast": "standard deviation of luma, 0 to 0.5",
     "sharpness": "variance of the Laplacian of luma",
-    "phash": "perceptual hash, 64 bits in hex; alike pictures differ in few bits",
+    "phash": "perceptual hash, 64 bits in hex; similar pictures differ in few bits",
     "clip_score": "100 times the cosine between the CLIP embeddings of prompt and picture",
     "nsfw": "flagged by Stable Diffusion's safety checker",
-    "nsfw_score": "its nearest concept's similarity above the threshold",
+    "nsfw_score": "similarity to the checker's nearest concept less its threshold; above 0 is flagged",
 }
 
 
@@ -180,7 +180,7 @@ def _provenance(config: JobConfig) -> str:
         )
     if adapters := sorted({name for options in config.every_model.values() for name in options.adapters}):
         names = ", ".join(f"`{_code(name)}`" for name in adapters)
-        sentences.append(f"Adapters that its column `adapters` may name: {names}")
+        sentences.append(f"Adapters that a row's column `adapters` may name: {names}")
     if config.task != "encode":
         sentences.append(
             "Every image file says itself how it was made and that it is synthetic (infotext, IPTC digital source type)"

@@ -137,7 +137,7 @@ def _accounting(
     if len(seen) == plan.shards and len(ids) != plan.images and not broken:
         yield Fault(None, "the plan", f"{plan.images} images planned, {len(ids)} ended")
     if store.exists(SUCCESS) and not is_finished(store, plan):
-        yield Fault(None, SUCCESS, "does not speak of the job's plan")
+        yield Fault(None, SUCCESS, "is not about the job's newest plan")
     if store.exists(SUCCESS) and len(seen) < plan.shards:
         yield Fault(None, SUCCESS, f"stands although only {len(seen)} of {plan.shards} shards are committed")
 

@@ -166,7 +166,7 @@ def test_a_file_that_changes_while_the_job_runs_is_refused(place: Place) -> None
 def test_the_pages_of_a_dataset_tell(place: Place) -> None:
     place.run(job(place, place.write("prompt,adapters\np,ink:0.5\n")))
     card = (place.path / "out/README.md").read_text()
-    assert "Adapters that its column `adapters` may name: `ink`, `oil`." in card
+    assert "Adapters that a row's column `adapters` may name: `ink`, `oil`." in card
     assert '"adapters": "ink:0.5"' in (place.path / "out/gallery.html").read_text().replace('":"', '": "')
 
 
