@@ -99,6 +99,12 @@ class Checks(Strict):
     """Column to the least and the most that its value may be (null: any). A picture outside is rejected, one without
     a value passes."""
 
+    @property
+    def of_pictures(self) -> list[str]:
+        """The keys that have every picture looked at, as far as they are switched on."""
+        keys = ("measures", "near_duplicates", "clip", "safety", "scorers")
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         own = [name for scorer in self.scorers for name in scorer.columns]

@@ -242,6 +242,8 @@ class JobConfig(Strict):
     def _consistent(self) -> Self:
         if self.task == "encode" and self.encoding.layout != "parquet":
             raise ValueError("task encode writes latents into Parquet: leave encoding.layout out")
+        if self.task == "encode" and (keys := self.checks.of_pictures):
+            raise ValueError(f"task encode makes no pictures to look at: leave checks.{keys[0]} out")
         if self.task in ("encode", "decode") and self.workers.text_encoders:
             raise ValueError(f"task {self.task} has no text to encode: leave workers.text_encoders out")
         if self.models and self.model != ModelOptions():

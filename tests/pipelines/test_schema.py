@@ -69,3 +69,14 @@ def test_what_the_schema_accepts_jobs_accept(checker: Any) -> None:
     assert JobConfig.checked(values).sweep["strength"].values() == [0.1, 0.3, 0.5]  # type: ignore[union-attr]
     with pytest.raises(InvalidJob, match="model or models"):
         JobConfig.checked({**values, "model": {"source": "z"}})
+
+
+@pytest.mark.parametrize("checks", [{"measures": True}, {"near_duplicates": 0}, {"clip": "x"}])
+def test_latents_are_no_pictures_to_look_at(checks: dict[str, Any]) -> None:
+    values = {"task": "encode", "input": "a", "output": "b", "checks": {"block": ["x"], **checks}}
+    with pytest.raises(
+        InvalidJob, match=f"task encode makes no pictures .*leave checks.{next(iter(checks))} out"
+    ):
+        JobConfig.checked(values)
+    assert JobConfig.checked({**values, "task": "augment"}).checks.block == ("x",)
+    assert JobConfig.checked({**values, "checks": {"block": ["x"]}}).task == "encode"
