@@ -134,7 +134,9 @@ def generate_on_ray(
     began = time.monotonic()
     with _Cluster(config.workers.address):
         connected = time.monotonic() - began
-        size, past = Size(config.workers, shares[0].model.device), tuple[Any, ...]()
+        # By the first model of the job, whichever are left to be made: what it began on must not change.
+        device, past = next(iter(config.every_model.values())).device, tuple[Any, ...]()
+        size = Size(config.workers, device)
         size.threads = settled_threads(store, size.kind, size.threads)
         try:
             for share in shares:

@@ -115,7 +115,7 @@ class Worker:
         plan = read_plan(store)
         sources = Sources(task.config, model_config, plan.input if plan else None, picture_folders(store))
         name = task.config.name_of(task.model)
-        self._record = f"_diffray/model-{list(task.config.models).index(name)}.json" if name else MODEL
+        self._record = f"_diffray/model-{sorted(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
         self._output = _output(task.config, name, self._model, self._examiner)
         self._maker = Maker(

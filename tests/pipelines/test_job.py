@@ -381,3 +381,20 @@ def test_a_shard_of_rejected_rows_loads_no_model_again(place: Place) -> None:
     result = place.run(place.config(table, model={}, models=models), models=Watched())
     assert (result.images, result.rejected) == (2, 1)
     assert opened == ["a", "b"]
+
+
+def test_models_may_be_listed_in_another_order(place: Place) -> None:
+    models = {name: {"options": {"weights": name, "log": str(place.log)}} for name in "ab"}
+    table = place.write("prompt,model\nx,a\ny,b\n")
+    config = place.config(table, model={}, models=models)
+
+    def first_only(
+        config: JobConfig, number: int, store: Store, models: Models, shares: Sequence[Share]
+    ) -> Iterator[tuple[int, int]]:
+        yield from in_process(config, number, store, models, shares[:1])
+        raise JobError("stopped")
+
+    with pytest.raises(JobError, match="stopped"):
+        place.run(config, generate=first_only)
+    turned = place.config(table, model={}, models={name: models[name] for name in "ba"})
+    assert place.run(turned).images == 2

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,19 @@ def test_a_job_keeps_the_threads_and_the_kind_of_device_of_its_first_run(
     cluster(CPUS)
     with pytest.raises(JobConflict, match="began on a GPU, here the rest would be made on a CPU"):
         run(str(tmp_path / "third"))
+
+
+def test_what_a_job_computes_on_does_not_depend_on_which_of_its_models_are_left(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(actors, "_Cluster", lambda address: nullcontext())
+    monkeypatch.setattr(actors, "_pool", lambda *_: SimpleNamespace(run=lambda: iter(())))
+    cluster(GPUS)
+    models = {"drawn": {"device": "cuda"}, "painted": {"device": "cpu"}}
+    config = JobConfig.checked({"input": "a", "output": str(tmp_path), "models": models})
+    shares = [Share(options, [number]) for number, options in enumerate(config.models.values())]
+    for left in (shares, shares[1:]):
+        list(actors.generate_on_ray(config, 1, Store(config.output), Models(config.storage), left))
 
 
 def test_ray_goes_only_when_ray_data_is_done_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
