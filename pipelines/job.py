@@ -105,10 +105,14 @@ def run(
         if plan is None:
             record(store, mine)
             plan = write_plan(store, config, model_configs, source, files)
-        elif plan.input != files:
-            plan = grow(store, config, model_configs, source, files, plan)
+        else:
+            check(store, mine)  # another driver may have planned it while this one waited
+            if plan.input != files:
+                plan = grow(store, config, model_configs, source, files, plan)
+        if not is_shown(store, mine):
+            store.remove(SUCCESS)  # half-made pages are made again, whatever config comes next
+            record_pages(store, mine)
         made = complete(config, lock, store, models, plan, progress, generate)
-        record_pages(store, mine)
     return result(store, config, plan, made, started)
 
 

@@ -82,14 +82,13 @@ def recorded_config(store: Store) -> dict[str, Any]:
 
 
 def is_shown(store: Store, mine: Mapping[str, Any]) -> bool:
-    """Whether the pages of a finished job are as its config wants them."""
+    """Whether the pages of the job, once it is finished, are as its config wants them."""
     return bool(_recorded(store)["pages"] == mine["pages"])
 
 
 def record_pages(store: Store, mine: Mapping[str, Any]) -> None:
-    """Record that the pages are as the config wants them."""
-    if not is_shown(store, mine):
-        record(store, {**_recorded(store), "pages": mine["pages"]})
+    """Record how the config wants the pages, which are made when the job ends."""
+    record(store, {**_recorded(store), "pages": mine["pages"]})
 
 
 def check_versions(store: Store) -> None:

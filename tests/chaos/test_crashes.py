@@ -151,3 +151,24 @@ def test_at_every_storage_call_of_a_retry(place: Place) -> None:
         found = verify(Store(str(place.path / name)))
         assert (found.images, found.rejected, found.faults) == (2, 2, ()), f"call {at}"
         shutil.rmtree(place.path / name)
+
+
+@pytest.mark.slow
+def test_at_every_storage_call_of_making_pages_again(place: Place) -> None:
+    """What a crash left half made is not taken for whole when the config is changed back."""
+    before, after = ({"license": name, "checks": {"near_duplicates": 0}} for name in ("mit", "apache-2.0"))
+    place.run(job(place, "clean", **before), generate=in_turn)
+    shutil.copytree(place.path / "clean", place.path / "counted")
+    config = job(place, "counted", **after)
+    counting = CrashingStore(config.output, -1, False)
+    place.run(config, store=counting, generate=in_turn)
+    assert place.bytes("counted") != place.bytes("clean")
+    for at in range(1, counting.calls + 1):
+        name = f"crashed{at}"
+        shutil.copytree(place.path / "clean", place.path / name)
+        config = job(place, name, **after)
+        with pytest.raises(Crash):
+            place.run(config, store=CrashingStore(config.output, at, at % 2 == 0), generate=in_turn)
+        place.run(job(place, name, **before), generate=in_turn, take_over=True)
+        assert place.bytes(name) == place.bytes("clean"), f"call {at}"
+        shutil.rmtree(place.path / name)

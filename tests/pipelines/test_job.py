@@ -18,6 +18,7 @@ from diffray.pipelines.making.models import Models, OpenModel
 from diffray.pipelines.making.worker import Share
 from diffray.pipelines.outputs import fingerprint
 from diffray.pipelines.outputs.commit import Output, Rejected, write_commit
+from diffray.pipelines.outputs.lock import Lock
 from diffray.pipelines.planning.plan import read_shard
 
 from . import fake
@@ -398,3 +399,24 @@ def test_models_may_be_listed_in_another_order(place: Place) -> None:
         place.run(config, generate=first_only)
     turned = place.config(table, model={}, models={name: models[name] for name in "ba"})
     assert place.run(turned).images == 2
+
+
+def test_a_job_that_another_driver_planned_meanwhile_is_checked(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for the lock has seen no plan before."""
+    table, acquire = place.write(TABLE), Lock.acquire
+
+    def stopped(*_: object) -> Iterator[tuple[int, int]]:
+        raise JobError("stopped")
+
+    def waited(store: Store, *, take_over: bool) -> Lock:
+        monkeypatch.undo()
+        with pytest.raises(JobError, match="stopped"):
+            place.run(place.config(table, encoding={"format": "jpeg"}), generate=stopped)
+        return acquire(store, take_over=take_over)
+
+    monkeypatch.setattr(Lock, "acquire", waited)
+    with pytest.raises(JobConflict, match=r'config\.encoding\.format: "jpeg" -> "png"'):
+        place.job(table)
+    assert place.begun() == []
