@@ -7,6 +7,8 @@ unexpected, misshapen or not finite.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import fitting_adapters
+from ..adapters.adapter import file_checksum, fitting_adapters
 from ..adapters.merging import Adapters
 from ..config import ModelConfig, TextConfig, UNetConfig, VAEConfig
 from ..errors import CheckpointError
@@ -192,6 +194,19 @@ def stored_vae(source: str) -> Stored:
             if any(key.startswith(f"{prefix}encoder.{blocks}.0.") for key in weights.entries):
                 return Stored(weights, layout, prefix, config=checkpoint.config("vae/config.json"))
     raise CheckpointError(f"{path}: no autoencoder in it")
+
+
+def vae_checksum(source: str) -> str:
+    """sha256 over the weights and the config of what `stored_vae` reads.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    stored = stored_vae(source)
+    lines = [file_checksum(file) for file in stored.weights.files]
+    lines.append(json.dumps(stored.config, sort_keys=True))
+    stored.weights.close()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _unet(blueprint: Blueprint, problems: Problems, device: torch.device, dtype: torch.dtype) -> UNet:

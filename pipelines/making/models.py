@@ -60,6 +60,8 @@ class OpenModel:
     """How many prompts were "encoded" so far, and "shared" with other engines."""
     texts: TextFacts | None = None
     """What its own text encoder is, or would be if its prompts were not encoded elsewhere."""
+    vae: str | None = None
+    """Checksum of an autoencoder that it has instead of its files' own."""
 
     def facts(self) -> dict[str, Any]:
         """What every worker of one job must agree on."""
@@ -69,6 +71,7 @@ class OpenModel:
             "dtype": self.dtype,
             "rows": self.engine.rows,
         }
+        own |= {"vae": self.vae} if self.vae else {}
         return own | ({"adapters": dict(self.adapters)} if self.adapters else {})
 
     @property
@@ -121,10 +124,12 @@ class Models:
         return model_config(self._local(options.source), **self._arguments(options))
 
     def identity(self, options: ModelOptions) -> dict[str, Any]:
-        """What decides a model's pictures, for the job's fingerprint: checksums of its files and of its adapters'."""
+        """What decides a model's pictures, for the job's fingerprint: checksums of its files, of an autoencoder's that
+        is not among them, and of its adapters'."""
         from diffray.model.adapters.adapter import adapter_checksums
 
         own: dict[str, Any] = {"checksum": self.checksum(options)}
+        own |= {"vae": vae} if (vae := self._vae(options)) else {}
         adapters = adapter_checksums(self._adapters(options))
         return own | ({"adapters": adapters} if adapters else {})
 
@@ -158,7 +163,8 @@ class Models:
         adapters = model.adapters.checksums()
         name, cache = shown_name(options.source), model.text.cache
         counts: Callable[[], Mapping[str, int]] = lambda: {"encoded": cache.misses}  # noqa: E731
-        return OpenModel(engine, name, model.checksum, *_kind(model), adapters, counts, TextFacts.of(model))
+        texts, vae = TextFacts.of(model), self._vae(options)
+        return OpenModel(engine, name, model.checksum, *_kind(model), adapters, counts, texts, vae)
 
     def open_texts(self, options: ModelOptions, memory: int) -> OpenTexts:
         """Load the text encoders alone, which keep so many bytes of what they encoded."""
@@ -172,6 +178,12 @@ class Models:
         from diffray.model.weights.source import resolve
 
         return str(resolve(source, storage_options(self._storage, source))) if "://" in source else source
+
+    def _vae(self, options: ModelOptions) -> str | None:
+        from diffray.model.weights.load import vae_checksum
+
+        source = options.options.get("vae")
+        return vae_checksum(self._local(source)) if source else None
 
     def _adapters(self, options: ModelOptions) -> dict[str, str]:
         return {name: self._local(source) for name, source in options.adapters.items()}
