@@ -21,7 +21,7 @@ from typing import Any
 from diffray.model.errors import AccountingError, JobConflict
 
 from ..planning.plan import Plan
-from .parts import PART, Made, Outcome, Output, Part, Rejected, leftovers, part_files
+from .parts import OWN, PART, Made, Outcome, Output, Part, Rejected, leftovers, part_files
 from .store import Store, side_by_side
 from .tables import PlanShard
 
@@ -247,7 +247,7 @@ def _leftovers(store: Store, number: int, output: Output) -> set[str]:
     found = leftovers(number, output)
     if output.layout == "files":
         folder = dirname(output.table(number))
-        found |= {f"{folder}/{name}" for name in store.list(folder)}
+        found |= {path for name in store.list(folder) if OWN.fullmatch(path := f"{folder}/{name}")}
     return found
 
 

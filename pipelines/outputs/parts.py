@@ -40,6 +40,11 @@ GROUP_BYTES = 64 * 2**20
 """Row groups of a data part hold about this much at most: a reader of one image loads one group."""
 PART = re.compile(r"part-\d{5,}(\.parquet|\.tar|/metadata\.(parquet|jsonl))$")
 """The end of a path that holds rows of a dataset."""
+OWN = re.compile(
+    r"(data|rejected|_diffray/index)/part-\d{5,}\.(parquet|tar)"
+    r"|data/images/part-\d{5,}/(\d{5}-[\w-]*\.(png|jpg|webp)|metadata\.(parquet|jsonl))"
+)
+"""Paths that the shards of a job write, and nobody else."""
 
 
 @dataclass(frozen=True, slots=True)

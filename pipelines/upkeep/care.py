@@ -28,6 +28,7 @@ from ..making.models import Models
 from ..outputs.commit import SUCCESS, Commit, commit_path, committed, current_path, read_commit
 from ..outputs.fingerprint import check, fingerprint, recorded_config
 from ..outputs.lock import Lock
+from ..outputs.parts import OWN
 from ..outputs.store import SCRATCH, Store, side_by_side
 from ..outputs.tables import PlanShard
 from ..planning.plan import Plan, read_plan, read_plans, read_shard, record_plan, shard_path, write_shards
@@ -234,11 +235,6 @@ class Leftovers:
     uploads: int
 
 
-_MINE = re.compile(
-    r"(data|rejected|_diffray/index)/part-\d{5,}\.(parquet|tar)"
-    r"|data/images/part-\d{5,}/(\d{5}-[\w-]*\.(png|jpg|webp)|metadata\.(parquet|jsonl))"
-)
-"""Paths that the shards of a job write, and nobody else."""
 _PLANNED = re.compile(r"shard-(\d{5,})\.parquet")
 """Names of plan shards. Compare their numbers: from 100000 on, names are not in that order."""
 
@@ -254,7 +250,7 @@ def collect(store: Store, age: float, *, dry_run: bool = False, take_over: bool 
         plan, done = planned_job(store), committed(store)
         files = chain.from_iterable(side_by_side(lambda n: read_commit(store, n).files, done))
         named = {str(file["path"]) for file in files}
-        orphans = [path for path in _old(store, age) if path not in named and _MINE.fullmatch(path)]
+        orphans = [path for path in _old(store, age) if path not in named and OWN.fullmatch(path)]
         orphans += [f"{SCRATCH}/{name}" for name in _old_in(store, SCRATCH, age)]
         folder = dirname(shard_path(0))
         planned = ((_PLANNED.fullmatch(name), name) for name in _old_in(store, folder, age))

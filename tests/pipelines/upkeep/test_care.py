@@ -149,6 +149,20 @@ def test_what_no_record_names_is_found_and_left_alone(place: Place, layout: str)
     assert job_status(str(out)).phase == "complete"
 
 
+def test_foreign_files_among_the_images_of_a_shard_that_is_made_again_stay(place: Place) -> None:
+    store = made(place, layout="files")
+    folder = place.path / "out/data/images/part-00000"
+    foreign, own = [folder / "notes.txt", folder / ".thumbs/x.png"], folder / "00077-x.png"
+    (folder / ".thumbs").mkdir()
+    for path in (*foreign, own):
+        path.write_bytes(b"x")
+    (place.path / "out/_diffray/commits/00000.json").write_bytes(b"ruin")
+    repair(store)
+    resume(place, layout="files")
+    assert [path.read_bytes() for path in foreign] == [b"x", b"x"]
+    assert not own.exists(), "an earlier attempt may have written it"
+
+
 def test_files_of_shards_that_are_not_committed_are_no_faults(place: Place) -> None:
     store = made(place)
     for name in ("commits/00001.json", "SUCCESS.json"):
