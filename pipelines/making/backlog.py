@@ -64,11 +64,13 @@ class Backlog:
         self._holders.setdefault(engine, Holder())
 
     def leave(self, engine: str) -> None:
-        """An engine is gone; what it held goes first again."""
+        """An engine is gone; what it held goes first again, and what others gave back for it they may have again."""
         holder = self._holders.pop(engine, None)
         if holder is not None:
             self._recalled -= set(holder.shards)
             self._waiting.extendleft(reversed(holder.shards))
+            for other in self._holders.values():
+                other.returned.clear()
 
     def holds(self, engine: str, shard: int) -> bool:
         """Whether this engine holds this shard."""

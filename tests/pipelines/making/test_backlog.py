@@ -96,3 +96,22 @@ def test_what_cannot_gain_is_not_moved() -> None:
     backlog.give_back("b", 1)
     assert backlog.take("b", 26.0) is None, "not back to the engine that gave it away"
     assert backlog.take("a", 26.0) == 1
+
+
+@pytest.mark.parametrize("took", [True, False])
+def test_what_was_given_back_for_an_engine_that_died_does_not_wait_for_the_next_one(took: bool) -> None:
+    """Its new process may load a model for minutes, or for ever."""
+    backlog = Backlog(range(3), 2)
+    backlog.join("a")
+    assert [backlog.take("a", 0.0) for _ in range(2)] == [0, 1]
+    backlog.join("b")
+    assert backlog.take("b", 0.0) == 2
+    backlog.done("b", 2, 1.0)
+    assert backlog.recall("b", 30.0) is not None
+    backlog.give_back("a", 1)
+    if took:
+        assert backlog.take("b", 30.0) == 1
+    backlog.leave("b")
+    backlog.join("b again")
+    backlog.done("a", 0, 31.0)
+    assert backlog.take("a", 31.0) == 1
