@@ -49,7 +49,7 @@ class Index:
         images: how many there are.
         scores: number and boolean columns as float64, NaN where a value is missing.
         hashes: perceptual hashes, empty if there are none.
-        ids: of all images.
+        ids: of all images that have such a hash; for millions of others they would be memory for nothing.
         shown: the sample.
     """
 
@@ -89,10 +89,10 @@ def read_index(store: Store, shards: Sequence[int], sample: Sample) -> Index:
     names: list[pa.Array] = []
     for table in side_by_side(lambda n: pq.read_table(io.BytesIO(store.read(index_path(n)))), shards):
         found.images += len(table)
-        names += table.column("id").chunks
         for name in table.column_names:
             column = table.column(name)
             if name == "phash":
+                names += table.column("id").chunks
                 hashes.append(_hashes(column.to_pylist()))
             elif pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
                 scores.setdefault(name, []).append(_numbers(column))

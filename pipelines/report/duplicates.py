@@ -28,6 +28,8 @@ from ..outputs.index import Index, Shown
 from ..outputs.store import Store
 
 BITS = 64
+LOT = 4096
+"""Hashes that are compared with each other at least."""
 NAME = "duplicates.parquet"
 
 
@@ -97,25 +99,34 @@ def _facts(original: str | None) -> dict[str, Any]:
 
 
 def _originals(distinct: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
-    """For each of the distinct hashes the place of the first kept one within `distance`, possibly its own."""
+    """For each of the distinct hashes the place of the first kept one within `distance`, possibly its own.
+
+    They are taken in lots, as large as what was kept before: of many that are alike only a few are ever compared
+    with each other, which would be pairs without end.
+    """
     original = np.arange(len(distinct))
-    pairs = _pairs(distinct, distance)
-    kept = np.ones(len(distinct), dtype=bool)
-    for early, late in pairs.tolist():
-        if kept[late] and kept[early]:
-            kept[late] = False
-            original[late] = early
+    kept, start = original[:0], 0
+    while start < len(distinct):
+        stop = min(len(distinct), start + max(LOT, len(kept)))
+        places = np.concatenate([kept, original[start:stop]])
+        alone = np.ones(len(places), dtype=bool)
+        for early, late in _pairs(distinct[places], distance).tolist():
+            if alone[late] and alone[early]:
+                alone[late] = False
+                original[places[late]] = places[early]
+        kept, start = places[alone], stop
     return original
 
 
 def _pairs(distinct: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
     """All pairs (early, late) of places within `distance`, by late and then early."""
-    codes = [np.zeros(0, dtype=np.int64)]
+    found = np.zeros(0, dtype=np.int64)
     count = len(distinct)
     for mask in _masks(distance, count):
         keys = distinct & np.uint64(mask)
         order = np.argsort(keys, kind="stable")
         sorted_keys = keys[order]
+        codes = [found]
         for step in range(1, count):
             same = np.flatnonzero(sorted_keys[step:] == sorted_keys[:-step])
             if not len(same):
@@ -124,8 +135,8 @@ def _pairs(distinct: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
             near = np.bitwise_count(distinct[a] ^ distinct[b]) <= distance
             early, late = np.minimum(a[near], b[near]), np.maximum(a[near], b[near])
             codes.append(late * count + early)
-    both = np.unique(np.concatenate(codes))
-    return np.stack([both % max(count, 1), both // max(count, 1)], axis=1)
+        found = np.unique(np.concatenate(codes))  # most pairs are found by several masks
+    return np.stack([found % max(count, 1), found // max(count, 1)], axis=1)
 
 
 def _masks(distance: int, count: int) -> list[int]:

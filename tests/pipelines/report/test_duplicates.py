@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from diffray.pipelines.report import duplicates
 from diffray.pipelines.report.duplicates import near_duplicates
 
 
@@ -33,7 +36,11 @@ def crowd(count: int, centres: int, flips: int) -> NDArray[np.uint64]:
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 4, 6, 8, 10])
 @pytest.mark.parametrize("centres", [1, 40, 400])
-def test_what_is_found_is_what_is_defined(distance: int, centres: int) -> None:
+@pytest.mark.parametrize("lot", [duplicates.LOT, 3])
+def test_what_is_found_is_what_is_defined(
+    distance: int, centres: int, lot: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "LOT", lot)
     hashes = crowd(400, centres, 7)
     found = near_duplicates(hashes, distance)
     wanted = by_definition(hashes, distance)
@@ -51,6 +58,20 @@ def test_small_datasets(count: int) -> None:
 def test_identical_pictures_in_any_number_are_not_compared_pair_by_pair() -> None:
     """With 45 billion pairs this would not end."""
     assert len(near_duplicates(np.full(300_000, 7, np.uint64), 4)) == 299_999
+
+
+@pytest.mark.slow
+def test_variants_of_pictures_cost_little_memory() -> None:
+    """A hundred of each, all of which are alike: as many pairs as there are would be half a gigabyte."""
+    rng = np.random.default_rng(0)
+    hashes = np.repeat(rng.integers(0, 2**64, 200, dtype=np.uint64), 100)
+    for _ in range(2):
+        hashes ^= np.uint64(1) << rng.integers(0, 64, len(hashes)).astype(np.uint64)
+    tracemalloc.start()
+    assert len(near_duplicates(hashes, 4)) == 200 * 99
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100e6
 
 
 def test_a_chain_of_small_steps_is_not_one_group() -> None:
