@@ -68,7 +68,7 @@ class Reading:
         if self.place:
             return self.place.row_id
         value = self.row.values.get("id")
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
+        if isinstance(value, (bool, Reference)) or not isinstance(value, (str, int)):
             return None
         return str(value) if 0 < len(str(value)) <= MAX_ID else None
 

@@ -166,6 +166,7 @@ class RowRules:
         row, given = reading.row, reading.given
         own = {**user, **{name: variant.values[name] for name in self.variables if name in variant.values}}
         try:
+            self._check_plain(given, variant)
             texts = self._texts(reading, variant)
             sources = self._sources(reading, texts)
             own |= sources
@@ -207,6 +208,15 @@ class RowRules:
                 settings.work,
                 user=own,
             )
+
+    def _check_plain(self, given: Mapping[str, Any], variant: Variant) -> None:
+        """Refuse bytes that stay in the input where a value of the row is used as it is."""
+        other = {*self.columns.sources, *self.templates, *variant.values}
+        for name, value in given.items():
+            if isinstance(value, Reference) and name not in other:
+                raise InvalidRequest(
+                    name, f"got bytes ({value}), allowed is a plain value: make it a column of text"
+                )
 
     def _texts(self, reading: Reading, variant: Variant) -> dict[str, Any]:
         """Prompts, and source paths that a template makes."""
@@ -276,7 +286,11 @@ class RowRules:
     ) -> PlannedImage:
         variant, index = (place.variant, place.index) if place else (None, 0)
         stem = f"{row_id}-{variant}" if variant else row_id
-        original = {n: as_text(n, v) for n, v in reading.given.items() if n in REQUEST_COLUMNS}
+        original = {
+            n: as_text(n, v)
+            for n, v in reading.given.items()
+            if n in REQUEST_COLUMNS and not isinstance(v, Reference)
+        }
         return PlannedImage(
             f"{stem}-{index}",
             row_id,

@@ -22,6 +22,7 @@ from typing import Any
 from diffray.model.errors import InvalidRequest
 
 from ..config import InvalidJob, Range
+from ..inputs.references import Reference
 
 MAX_VARIANTS = 10_000
 
@@ -99,7 +100,7 @@ class Template:
         )
 
     def _text(self, key: str, value: Any, classes: Sequence[str] | None) -> str:
-        if isinstance(value, str):
+        if isinstance(value, str) and not isinstance(value, Reference):
             return value
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -109,5 +110,5 @@ class Template:
             return str(value)
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             return ", ".join(value)
-        got = "nothing" if value is None else type(value).__name__
+        got = "nothing" if value is None else "bytes" if isinstance(value, str) else type(value).__name__
         raise InvalidRequest(self.field, f"its template needs {key!r}, this row has {got} there")

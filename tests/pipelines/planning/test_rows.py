@@ -235,3 +235,31 @@ def test_shards_are_bounded_by_work(place: Place) -> None:
     commits = [json.loads((place.path / f"out/_diffray/commits/{i:05d}.json").read_text()) for i in range(4)]
     assert result.shards == 4
     assert [commit["images"] for commit in commits] == sizes
+
+
+def test_bytes_are_never_taken_for_text(place: Place) -> None:
+    """Tables of other tools hold text as bytes; what stays in the input is no prompt."""
+    table = pa.table(
+        {"prompt": [b"a", b"b"], "caption": [b"x", b"y"], "text": ["p", "q"], "id": [b"1", b"2"]}
+    )
+    pq.write_table(table, place.path / "ids.parquet")
+    pq.write_table(table.drop_columns("id"), place.path / "t.parquet")
+    for name, file, values, reason in (
+        (
+            "prompt",
+            "t.parquet",
+            {},
+            "got bytes (input:t.parquet#row=0&column=prompt), allowed is a plain value",
+        ),
+        (
+            "template",
+            "t.parquet",
+            {"templates": {"prompt": "a {caption}"}},
+            "'caption', this row has bytes there",
+        ),
+        ("id", "ids.parquet", {"columns": {"prompt": "text"}}, "allowed is text of 1..500 characters"),
+    ):
+        assert place.job(str(place.path / file), name, **values).rejected == 2
+        row = place.rows(name, folder="rejected")[0]
+        assert reason in row["reason"]
+        assert row["prompt"] in (None, "p"), "fed back, it would be a prompt"
