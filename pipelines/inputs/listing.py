@@ -64,7 +64,11 @@ def expanded(fs: Any, path: str) -> Found:
         return Found(path, dirname(path), *_chosen([path]))
     if saved := _saved_to_disk(fs, path):
         return Found(path, path, saved)
-    return Found(path, path, *_chosen(_visible(path, fs.find(path))), deep=True)
+    infos = fs.find(path, detail=True)
+    links = (name for name, info in infos.items() if info.get("islink") and fs.isdir(name))
+    if link := next(_visible(path, [*links]), None):
+        raise InvalidJob(f"input {path}: {link} is a link, which is not followed; give folders one by one")
+    return Found(path, path, *_chosen(_visible(path, [*infos])), deep=True)
 
 
 def _chosen(paths: Iterable[str]) -> tuple[list[str], bool]:

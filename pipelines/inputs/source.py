@@ -10,12 +10,13 @@ and one bad line must cost one row. Memory stays constant whatever a table's siz
     .tar               WebDataset: members of one name are a row
     .lance             Lance datasets, which are folders; the newest version
 
-A glob is all files it matches, a folder all such files below it, in name order; names that begin with `_` or `.`
-are passed by. Three kinds of folders are more than that: one that `datasets` saved to disk is its Arrow files in
-their order; one with pictures and tables named `metadata` is these tables (the imagefolder convention), whose
-`file_name` leads to the pictures; one with pictures and no table is one row per picture, with its sub-folder's
-name as `label` and the text file of the same name, if there is one, as `prompt`. `.gz`, `.bz2`, `.xz` and `.zst`
-are unpacked, except around tables of bytes and tars. Tables may be behind `http://`, pictures may not.
+A glob is all files it matches, a folder all such files below it, in name order; names that begin with `_` or
+`.` are passed by. Links to files are followed, a folder with a link to another folder is refused. Three kinds
+of folders are more than that: one that `datasets` saved to disk is its Arrow files in their order; one with
+pictures and tables named `metadata` is these tables (the imagefolder convention), whose `file_name` leads to
+the pictures; one with pictures and no table is one row per picture, with its sub-folder's name as `label` and
+the text file of the same name, if there is one, as `prompt`. `.gz`, `.bz2`, `.xz` and `.zst` are unpacked,
+except around tables of bytes and tars. Tables may be behind `http://`, pictures may not.
 """
 
 from __future__ import annotations
@@ -221,9 +222,10 @@ class Source:
         now = Stamps(self.root, self._storage, told).of(map(self._name, found.files))
         for path in found.files:
             name = self._name(path)
-            if (known := now[name]) is None:
+            if (known := now[name]) is not None:
+                self.stamps[name] = known
+            elif not infos.get(path, {}).get("islink"):  # a link that leads nowhere costs its row
                 raise _gone(path)
-            self.stamps[name] = known
             digest.update(f"{name}\0{known}\n".encode("utf-8", "surrogateescape"))
         return {"name": basename(found.root), "files": len(found.files), "sha256": digest.hexdigest()}
 

@@ -41,9 +41,12 @@ def stamp(info: Mapping[str, Any]) -> str:
 
 
 def listed_stamp(info: Mapping[str, Any]) -> str | None:
-    """The stamp of a file as far as a listing says it; None if that is too little, and the file has to be asked."""
+    """The stamp of a file as far as a listing says it; None if that is too little, and the file has to be asked.
+
+    Of a link the listing says when the link was made, not what it leads to.
+    """
     known = stamp(info)
-    return known if info.get("size") is not None and "," in known else None
+    return known if info.get("size") is not None and "," in known and not info.get("islink") else None
 
 
 def same(planned: str, now: str, *, exact: bool) -> bool:

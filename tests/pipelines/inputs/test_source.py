@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 import threading
@@ -24,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from diffray.model.errors import JobConflict
 from diffray.pipelines import InvalidJob
 from diffray.pipelines.inputs.source import Source, input_root
 
@@ -138,6 +140,28 @@ def test_picture_folders_with_and_without_metadata(place: Place) -> None:
     assert [(row["prompt"], row["kind"]) for row in place.rows("metadata")] == [("one", "7")]
     place.job(f"{folder}/*/*.png", "glob", task="augment", templates={"prompt": "x"})
     assert len(place.rows("glob")) == 1
+
+
+def test_links_lead_to_pictures_and_one_that_leads_nowhere_costs_its_row(place: Place) -> None:
+    for name, colour in (("real/a.png", "red"), ("in/b.png", "blue")):
+        (place.path / name).parent.mkdir()
+        image(colour).save(place.path / name)
+    os.utime(place.path / "real/a.png", (1, 1))  # long before the link to it
+    (place.path / "in/a.png").symlink_to(place.path / "real/a.png")
+    (place.path / "in/c.png").symlink_to(place.path / "real/c.png")
+    values = {"task": "augment", "templates": {"prompt": "x"}}
+    result = place.job(str(place.path / "in"), **values)
+    assert (result.images, result.rejected) == (2, 1)
+    assert [row["init_image"] for row in place.rows()] == ["a.png", "b.png"]
+    [row] = place.rows(folder="rejected")
+    assert (row["init_image"], row["reason"]) == ("c.png", "c.png: no such file")
+    os.utime(place.path / "real/a.png", (2, 2))
+    with pytest.raises(JobConflict, match=r"a\.png: .*1970-01-01T00:00:01.* -> .*1970-01-01T00:00:02"):
+        place.job(str(place.path / "in"), **values)
+    (place.path / "in/more").symlink_to(place.path / "real")
+    with pytest.raises(InvalidJob, match=r"in/more is a link, which is not followed"):
+        Source(str(place.path / "in"))
+    assert len(Source(str(place.path / "in/more")).files) == 1
 
 
 def test_texts_of_pictures_are_read_many_at_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
