@@ -1,7 +1,7 @@
 """WebDataset tars as rows: the members that share a name up to its first dot are one row.
 
 `.json` gives its keys as columns, `.txt` its text, `.cls` its number; every other member is a column of that name
-and stays in the tar. `__key__` holds the shared name.
+and stays in the tar. `__key__` holds the shared name. Members whose names begin with a dot are passed by.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
-from posixpath import split
+from posixpath import basename, split
 from typing import IO, Any
 
 from ..config import InvalidJob
@@ -55,7 +55,7 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo | 
     try:
         while member := archive.next():
             archive.members.clear()  # type: ignore[attr-defined]  # or it would remember every one
-            if not member.isdir():
+            if not (member.isdir() or basename(member.name).startswith(".")):  # macOS adds such ones
                 key = _key(member.name)
                 yield key, member
     except tarfile.ReadError:

@@ -27,7 +27,21 @@ READERS: dict[str, Reader] = {
 COLUMNAR = (".parquet", ".arrow", LANCE)
 WHOLE = (*COLUMNAR, ".tar")
 """Read by position, so never through a decompressor."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+PICTURES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".avif",
+    ".heic",
+    ".heif",
+)
+"""Those of formats that are not read (AVIF, HEIC) count too: in a folder of pictures they are rows, rejected ones."""
 
 
 def ending(path: str) -> str:

@@ -215,6 +215,25 @@ def test_webdataset_tars(place: Place) -> None:
     assert "b.json" in bad["reason"]
 
 
+def test_hidden_members_of_tars_are_passed_by(place: Place) -> None:
+    """As tar on macOS writes them, between the files that they belong to."""
+    members = {"./._1.png": "x", "./1.png": png("red"), "./._1.txt": "x", "./1.txt": "one"}
+    result = place.job(tar(place.path / "t.tar", dict(members)), task="augment")
+    assert (result.images, result.rejected) == (1, 0)
+    assert colours(place) == {"one": "r"}
+
+
+def test_pictures_that_cannot_be_read_are_rejected_and_not_passed_by(place: Place) -> None:
+    (place.path / "in").mkdir()
+    image("red").save(place.path / "in/a.jfif", "JPEG")
+    (place.path / "in/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    result = place.job(str(place.path / "in"), task="augment", templates={"prompt": "x"})
+    assert (result.images, result.rejected) == (1, 1)
+    [row] = place.rows(folder="rejected")
+    assert (row["init_image"], row["field"]) == ("IMG_1.HEIC", "init_image")
+    assert row["reason"].startswith("cannot be read as PNG, JPEG")
+
+
 def test_a_cut_off_tar_costs_the_sample_that_is_cut_off(place: Place) -> None:
     path = tar(place.path / "t.tar", {"a.png": png("red"), "a.txt": "a", "b.txt": "b", "b.png": bytes(5000)})
     whole = Path(path).read_bytes()
