@@ -5,6 +5,7 @@ CSV and TSV begin with a header line; an empty cell says nothing. JSONL has one 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Sourc
         InvalidJob: the header is not usable.
     """
     # surrogateescape keeps undecodable bytes inside their own cell, so that only their row is lost.
-    lines = (line.decode("utf-8", "surrogateescape") for line in _without_bom(file))
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(file, name))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
@@ -75,7 +76,7 @@ def read_tsv(file: IO[bytes], name: str) -> Iterator[SourceRow]:
 
 def read_jsonl(file: IO[bytes], name: str) -> Iterator[SourceRow]:
     """Rows of a file with one JSON object per line."""
-    for line, data in enumerate(_without_bom(file), start=1):
+    for line, data in enumerate(_lines(file, name), start=1):
         if not data.strip():
             continue
         try:
@@ -92,7 +93,7 @@ def read_jsonl(file: IO[bytes], name: str) -> Iterator[SourceRow]:
 
 def read_text(file: IO[bytes], name: str) -> Iterator[SourceRow]:
     """Rows of a file with one prompt per line."""
-    for line, data in enumerate(_without_bom(file), start=1):
+    for line, data in enumerate(_lines(file, name), start=1):
         if data.strip():
             prompt = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
             yield checked(name, line, {"prompt": prompt})
@@ -121,6 +122,8 @@ def is_text(value: object) -> bool:
     return True
 
 
-def _without_bom(file: IO[bytes]) -> Iterator[bytes]:
+def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
     for number, line in enumerate(file):
-        yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+        if number == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InvalidJob(f"input {name}: got UTF-16, allowed is UTF-8")
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 else line

@@ -22,6 +22,9 @@ except around tables of bytes and tars. Tables may be behind `http://`, pictures
 from __future__ import annotations
 
 import hashlib
+import io
+import lzma
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from posixpath import basename, commonpath, dirname, relpath, splitext
@@ -123,7 +126,7 @@ class Source:
                     continue
                 with self._opened(path) as file:
                     yield from READERS[ending(path)](file, self._name(path))
-            except (OSError, EOFError, pa.ArrowException) as error:
+            except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
                 raise InvalidJob(f"input {path}: {error}") from None
 
     def _pictures(self, found: Found) -> Iterator[SourceRow]:
@@ -185,6 +188,9 @@ class Source:
             raise InvalidJob(f"input files disagree about a column: {error}") from None
 
     def _opened(self, path: str) -> Any:
+        if path.lower().endswith(".zst"):  # fsspec would need another library for it
+            packed = pa.PythonFile(self._fs.open(path, "rb"), mode="r")
+            return io.BufferedReader(pa.CompressedInputStream(packed, "zstd"))
         return self._fs.open(path, "rb", compression=None if ending(path) in WHOLE else "infer")
 
     def _lance(self, path: str) -> Any:

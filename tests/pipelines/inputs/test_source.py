@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import re
 import tarfile
@@ -213,6 +216,33 @@ def test_webdataset_tars(place: Place) -> None:
     [bad] = place.rows(folder="rejected")
     assert (bad["field"], bad["file"]) == ("row", "0.tar")
     assert "b.json" in bad["reason"]
+
+
+@pytest.mark.parametrize("codec", ["gz", "bz2", "xz", "zst"])
+def test_packed_tables(place: Place, codec: str) -> None:
+    lines = "".join(f'{{"prompt": "p{i}", "code": "{i * 2654435761 % 2**32}"}}\n' for i in range(20_000))
+    if codec == "zst":
+        data = bytearray(pa.Codec("zstd").compress(lines.encode(), asbytes=True))
+    else:
+        data = bytearray({"gz": gzip, "bz2": bz2, "xz": lzma}[codec].compress(lines.encode()))
+    path = place.write(bytes(data), f"t.jsonl.{codec}")
+    assert [row.values["prompt"] for row in Source(path).rows()] == [f"p{i}" for i in range(20_000)]
+    place.write(bytes(data[:-9]), f"t.jsonl.{codec}")
+    with pytest.raises(InvalidJob, match=re.escape(path)):
+        list(Source(path).rows())
+    data[len(data) // 2 :] = bytes(range(256)) * 40
+    place.write(bytes(data), f"t.jsonl.{codec}")
+    with pytest.raises(InvalidJob, match=re.escape(path)):
+        list(Source(path).rows())
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.csv", "t.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_text_in_utf16_is_refused(place: Place, name: str, encoding: str) -> None:
+    """Half of its bytes are NUL, so that it would pass for UTF-8."""
+    path = place.write("\ufeffprompt\r\na\r\n".encode(encoding), name)
+    with pytest.raises(InvalidJob, match=f"input {name}: got UTF-16, allowed is UTF-8"):
+        list(Source(path).rows())
 
 
 def test_hidden_members_of_tars_are_passed_by(place: Place) -> None:
