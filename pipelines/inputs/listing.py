@@ -33,16 +33,17 @@ class Found:
 
     def listed(self, fs: Any) -> Mapping[str, Mapping[str, Any]]:
         """What a listing of no more than the input says about its files now; of a single file it would say nothing."""
-        if wildcard(self.input) >= 0:
+        if wildcard(fs, self.input) >= 0:
             found: dict[str, dict[str, Any]] = fs.glob(self.input, detail=True)
         else:
             found = fs.find(self.root, detail=True) if self.deep else {}
         return found
 
 
-def wildcard(path: str) -> int:
-    """Where the first wildcard is, -1 without one."""
-    return min((path.index(c) for c in "*?[" if c in path), default=-1)
+def wildcard(fs: Any, path: str) -> int:
+    """Where the first wildcard is, -1 without one, or where something has just that name: `prompts[1].csv`."""
+    first = min((path.index(c) for c in "*?[" if c in path), default=-1)
+    return -1 if first < 0 or fs.exists(path) else first
 
 
 def expanded(fs: Any, path: str) -> Found:
@@ -51,7 +52,7 @@ def expanded(fs: Any, path: str) -> Found:
     Raises:
         InvalidJob: it is something that is not read.
     """
-    if (wild := wildcard(path)) >= 0:
+    if (wild := wildcard(fs, path)) >= 0:
         root = dirname(path[:wild] + "x")
         return Found(path, root, *_chosen(_visible(root, fs.glob(path))), deep="/" in path[wild:])
     if ending(path) == LANCE:
@@ -62,6 +63,10 @@ def expanded(fs: Any, path: str) -> Found:
         if not is_picture(path):
             check_ending(path)
         return Found(path, dirname(path), *_chosen([path]))
+    if fs.exists(join(path, "_diffray")):
+        raise InvalidJob(
+            f"input {path} is a dataset of diffray: give its {join(path, 'data')}, or another part"
+        )
     if saved := _saved_to_disk(fs, path):
         return Found(path, path, saved)
     infos = fs.find(path, detail=True)

@@ -241,7 +241,7 @@ def input_root(inputs: Sequence[str], storage: Callable[[str], Mapping[str, Any]
     roots = []
     for url in inputs:
         fs, path = open_storage(url, storage(url))
-        wild = wildcard(path)
+        wild = wildcard(fs, path)
         folder = fs.isdir(path) and ending(path) != LANCE
         roots.append(dirname(path[:wild] + "x") if wild >= 0 else path if folder else dirname(path))
     common = _common(roots)

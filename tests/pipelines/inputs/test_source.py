@@ -145,6 +145,18 @@ def test_picture_folders_with_and_without_metadata(place: Place) -> None:
     assert len(place.rows("glob")) == 1
 
 
+@pytest.mark.parametrize("name", ["in [1]", "what?", "a*b"])
+def test_a_name_with_wildcards_in_it_may_be_a_name(place: Place, name: str) -> None:
+    (place.path / name).mkdir()
+    image("red").save(place.path / name / "a.png")
+    place.write("prompt,image\nx,a.png\n", f"{name}/t[1].csv")
+    for own, values in ((name, {"templates": {"prompt": "x"}}), (f"{name}/t[1].csv", {})):
+        output = f"out{own.count('/')}"
+        result = place.job(str(place.path / own), output, task="augment", columns={}, **values)
+        assert (result.images, result.rejected) == (1, 0)
+        assert place.job(str(place.path / own), output, task="augment", **values).made == 0
+
+
 def test_links_lead_to_pictures_and_one_that_leads_nowhere_costs_its_row(place: Place) -> None:
     for name, colour in (("real/a.png", "red"), ("in/b.png", "blue")):
         (place.path / name).parent.mkdir()
@@ -243,6 +255,14 @@ def test_text_in_utf16_is_refused(place: Place, name: str, encoding: str) -> Non
     path = place.write("\ufeffprompt\r\na\r\n".encode(encoding), name)
     with pytest.raises(InvalidJob, match=f"input {name}: got UTF-16, allowed is UTF-8"):
         list(Source(path).rows())
+
+
+def test_of_a_whole_dataset_of_diffray_its_data_is_asked_for(place: Place) -> None:
+    place.job(place.write("prompt\na\nPOISON\n"))
+    out = str(place.path / "out")
+    with pytest.raises(InvalidJob, match=f"input {out} is a dataset of diffray: give its {out}/data"):
+        Source(out)
+    assert place.job(f"{out}/data", "next", task="augment").images == 1
 
 
 def test_hidden_members_of_tars_are_passed_by(place: Place) -> None:
