@@ -105,6 +105,8 @@ class RowRules:
         self.columns = Columns(self.kind, config.columns, config.templates, picks_model=bool(config.models))
         self.classes: Mapping[str, Sequence[str]] = {}
         """Column to the names of its class numbers."""
+        self.swept: Mapping[str | None, Mapping[str, Any]] = {}
+        """Variant to its values of `variables`, as columns of the output."""
         self._config, self._models = config, models
         self._root = config.pictures.root or root
         self.templates = {name: Template(name, text) for name, text in config.templates.items()}
@@ -164,7 +166,7 @@ class RowRules:
         user: Mapping[str, Any],
     ) -> Iterator[PlannedImage]:
         row, given = reading.row, reading.given
-        own = {**user, **{name: variant.values[name] for name in self.variables if name in variant.values}}
+        own = {**user, **(self.swept[variant.id] if variant.values else {})}
         try:
             self._check_plain(given, variant)
             texts = self._texts(reading, variant)

@@ -38,10 +38,12 @@ class Survey:
         columns: dict[str, None] = {}
         header: dict[str, None] = {}
         self._problem = ""
-        user = UserColumns(source.schema(), source.features)
+        stated = [field for field in source.schema() or () if field.name not in rules.variables]
+        features = {name: own for name, own in source.features.items() if name not in rules.variables}
+        user = UserColumns(pa.schema(stated), features)
         rules.classes = {
             name: feature["names"]
-            for name, feature in source.features.items()
+            for name, feature in features.items()
             if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
         }
         for variant in rules.variants:
@@ -71,6 +73,10 @@ class Survey:
         self._check_unique()
         user.finish(self._own_schema(columns))
         self.user = user
+        rules.swept = {
+            variant.id: user.pick({name: variant.values[name] for name in rules.variables})
+            for variant in rules.variants
+        }
         made = {*rules.templates, *(name for variant in rules.variants for name in variant.values)}
         order = [*rules.columns.fields, "id", *COUNT_COLUMNS]
         self.used = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import datasets
 import pytest
 
 from diffray.pipelines import InvalidJob
@@ -85,6 +86,32 @@ def test_a_sweep_may_hold_what_only_some_rows_models_and_combinations_allow(plac
     pictures = place.write("prompt,init_image\nx,a.png\ny,\n", "in/t.csv")
     result = place.job(pictures, "strength", sweep={"strength": [0.5, 0.8]})
     assert (result.images, result.rejected) == (2, 2)
+
+
+def test_swept_names_and_values_of_any_kind_are_columns(place: Place) -> None:
+    """A name that diffray uses itself, and values that fit no common type."""
+    table = place.write("prompt,file\na,f\nb,f\n")
+    values: dict[str, Any] = {"templates": {"prompt": "{prompt} {id} {file} {when}"}}
+    values["sweep"] = {"id": ["x", "y"], "file": ["g"], "when": [1980, "1990s"]}
+    assert place.job(table, **values).images == 8
+    rows = place.rows()
+    assert len({row["id"] for row in rows}) == 8
+    assert {
+        row["prompt"].partition(" ")[2]: (row["input_id"], row["input_file"], row["when"]) for row in rows
+    } == {
+        "x g 1980": ("x", "g", "1980"),
+        "x g 1990s": ("x", "g", '"1990s"'),
+        "y g 1980": ("y", "g", "1980"),
+        "y g 1990s": ("y", "g", '"1990s"'),
+    }
+
+
+def test_a_swept_name_takes_the_place_of_a_column_and_of_its_type(place: Place) -> None:
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"])})
+    datasets.Dataset.from_dict({"label": [0, 1]}, features=features).to_parquet(place.path / "t.parquet")
+    sweep = {"label": ["fox", "owl"]}
+    place.job(str(place.path / "t.parquet"), templates={"prompt": "a {label}"}, sweep=sweep)
+    assert [(row["prompt"], row["label"]) for row in place.rows()] == [("a fox", "fox"), ("a owl", "owl")] * 2
 
 
 def test_a_template_without_its_value_rejects_that_row_only(place: Place) -> None:
