@@ -67,10 +67,18 @@ class Range(Strict):
     step: int | float = Field(gt=0)
     """The distance between two values."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.start > self.to:
+            raise ValueError(f"from {self.start} is above to {self.to}")
+        return self
+
+    def __len__(self) -> int:
+        return math.floor((self.to - self.start) / self.step + 1e-9) + 1
+
     def values(self) -> list[int | float]:
         """The numbers, rounded to ten digits so that they are those one would write down."""
-        count = math.floor((self.to - self.start) / self.step + 1e-9) + 1
-        return [round(self.start + i * self.step, 10) for i in range(max(count, 0))]
+        return [round(self.start + i * self.step, 10) for i in range(len(self))]
 
 
 class Pictures(Strict):

@@ -45,7 +45,7 @@ def _key(error: Mapping[str, Any], values: Any) -> tuple[tuple[Any, ...], tuple[
         try:
             values = values[part]
         except (LookupError, TypeError):
-            if error["type"] != "missing":
+            if error["type"] != "missing" or part is not error["loc"][-1]:
                 chosen = tuple(path) if chosen is None else chosen
                 continue
         path.append(part)

@@ -138,6 +138,10 @@ class RowRules:
         for name in config.sweep:
             if name not in plain | variables and not (name == "model" and config.models):
                 raise InvalidJob(f"sweep.{name}: neither a field of task {task} nor a name in a template")
+            if name not in plain and any(isinstance(v.values[name], bool) for v in self.variants):
+                raise InvalidJob(
+                    f"sweep.{name}: got true or false, which YAML makes of on, off, yes, no: quote them"
+                )
         for variant in self.variants:
             name = variant.values.get("model", None)
             if name is not None and name not in config.models:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,17 +44,16 @@ def variants(sweep: Mapping[str, Sequence[Any] | Range]) -> tuple[Variant, ...]:
     """
     if not sweep:
         return (Variant(),)
+    total = math.prod(map(len, sweep.values()))
+    if total > MAX_VARIANTS:
+        raise InvalidJob(f"sweep: got {total} combinations, allowed are {MAX_VARIANTS}")
     lists = [
         (name, values.values() if isinstance(values, Range) else list(values))
         for name, values in sweep.items()
     ]
-    total = 1
     for name, values in lists:
         if len({json.dumps(v) for v in values}) < len(values) or not values:
             raise InvalidJob(f"sweep.{name}: got {values}, expected at least one value, each once")
-        total *= len(values)
-    if total > MAX_VARIANTS:
-        raise InvalidJob(f"sweep: got {total} combinations, allowed are {MAX_VARIANTS}")
     names = [name for name, _ in lists]
     found = [
         Variant(_hash(combination), combination)

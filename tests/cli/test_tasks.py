@@ -287,6 +287,7 @@ def test_flags_of_workers_and_several_inputs(started: list[JobConfig]) -> None:
         (["--actors", "5-2"], "valid: workers.actors: min 5 is above max 2, got '5-2'"),
         (["--actors", 0], "valid: workers.actors: Input should be greater than or equal to 1, got '0'"),
         (["--job", "workers.actors={max: 3, mix: 1}"], "valid: workers.actors.mix: Extra inputs are not permitted;"),
+        (["--job", "sweep.steps={from: 1, to: 3}"], "valid: sweep.steps.step: Field required"),
         (["--job", "sweep.steps=5"], "valid: sweep.steps: Input should be a valid list or a valid dictionary, got 5"),
         (["--models", "a=x", "--models", "b=x"], "valid: models: a and b have the same options"),
         (

@@ -42,6 +42,12 @@ def test_variants_keep_ids_and_seeds_when_rows_and_values_are_added(place: Place
         ({"sweep": {"steps": []}}, "at least one value"),
         ({"sweep": {"steps": [1, 1]}}, "each once"),
         ({"sweep": {"steps": {"from": 1, "to": 20_000, "step": 1}}}, "20000 combinations"),
+        ({"sweep": {"steps": {"from": 0, "to": 1, "step": 1e-12}}}, "1000000000001 combinations"),
+        ({"sweep": {"steps": {"from": 4, "to": 2, "step": 1}}}, r"sweep\.steps: from 4 is above to 2"),
+        (
+            {"sweep": {"a": ["on", True]}, "templates": {"prompt": "{a}"}},
+            r"sweep\.a: got true or false.* quote",
+        ),
         ({"sweep": {"model": ["a"]}}, "sweep.model"),
         (
             {"sweep": {"sampler": ["euler", "eulr"]}},
