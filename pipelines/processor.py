@@ -72,7 +72,8 @@ class ProcessorConfig(Strict):
     label_selector: dict[str, str] = Field(default={})
     """Only nodes with these Ray labels."""
     should_continue_on_error: bool = False
-    """Put a row's error into the column `__inference_error__` (empty where all is well) instead of failing."""
+    """Put a row's error into the column `__inference_error__` (empty where all is well) instead of failing. Rows that
+    come with an error there, from a stage before, keep it and are not made."""
 
 
 class Processor:
@@ -103,7 +104,7 @@ class Processor:
             where["label_selector"] = config.label_selector
         least, most = (config.concurrency,) * 2 if isinstance(config.concurrency, int) else config.concurrency
         if self._preprocess is not None:
-            dataset = dataset.map(self._preprocess, **self._preprocess_options)
+            dataset = dataset.map(_added(self._preprocess), **self._preprocess_options)
         dataset = dataset.map_batches(
             Generator,
             fn_constructor_args=(config, self._models),
@@ -121,7 +122,10 @@ class Processor:
         )
         if self._postprocess is None:
             return dataset
-        return dataset.map(_unless_failed(self._postprocess), **self._postprocess_options)
+        return dataset.map(
+            _unless_failed(self._postprocess, marked=config.should_continue_on_error),
+            **self._postprocess_options,
+        )
 
 
 def build_processor(
@@ -137,9 +141,11 @@ def build_processor(
 
     Args:
         config: model, defaults and resources.
-        preprocess: makes a row with request fields (`prompt`, `steps`, ...) of a row; other columns are carried.
+        preprocess: request fields (`prompt`, `steps`, ...) and other columns that are added to a row; its own stay,
+            and are read too if they are named like a field (`width`: None leaves such a one alone).
             `init_image`, `mask` and `depth` are image files: bytes, or structs with `bytes`.
-        postprocess: maps every row that has an image; failed rows pass by it unchanged.
+        postprocess: maps every row that has an image; failed rows pass by it unchanged. With
+            `should_continue_on_error` what it returns gets an empty `__inference_error__`.
         preprocess_map_kwargs, postprocess_map_kwargs: further arguments of these two `Dataset.map` calls.
         models: opens the model; another one lets a stage run on an engine of one's own.
 
@@ -187,6 +193,8 @@ class Generator:
         yield table
 
     async def _one(self, row: Row) -> Row:
+        if earlier := row.get(ERROR):
+            return _failed(row, earlier)
         given = {name: row[name] for name in REQUEST_COLUMNS if row.get(name) is not None}
         try:
             request = await asyncio.to_thread(self._request, row, given)
@@ -199,11 +207,7 @@ class Generator:
         except Exception as error:
             if not self._config.should_continue_on_error or self._model.broken is not None or broken(error):
                 raise
-            prompt = row.get("prompt")
-            return {
-                "prompt": prompt if isinstance(prompt, str) else None,
-                ERROR: f"{type(error).__name__}: {error}",
-            }
+            return _failed(row, f"{type(error).__name__}: {error}")
         image = {"bytes": data, "path": None}
         digest = hashlib.sha256(data).hexdigest()
         return {**result.request.parameters(), **scores, "image": image, "sha256": digest, ERROR: ""}
@@ -297,8 +301,22 @@ def _file(field: str, value: Any) -> bytes:
     return data
 
 
-def _unless_failed(postprocess: Callable[[Row], Row]) -> Callable[[Row], Row]:
+def _failed(row: Row, error: str) -> Row:
+    prompt = row.get("prompt")
+    return {"prompt": prompt if isinstance(prompt, str) else None, ERROR: error}
+
+
+def _added(preprocess: Callable[[Row], Row]) -> Callable[[Row], Row]:
     def mapped(row: Row) -> Row:
-        return row if row[ERROR] else postprocess(row)
+        return {**row, **preprocess(row)}
+
+    return mapped
+
+
+def _unless_failed(postprocess: Callable[[Row], Row], *, marked: bool) -> Callable[[Row], Row]:
+    def mapped(row: Row) -> Row:
+        if row[ERROR]:
+            return row
+        return {**postprocess(row), ERROR: ""} if marked else postprocess(row)
 
     return mapped

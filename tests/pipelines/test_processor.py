@@ -152,6 +152,15 @@ def test_errors_are_a_column_when_asked() -> None:
         assert (row["image"], row["prompt"]) == (None, prompt)
 
 
+def test_a_row_that_failed_before_keeps_its_error_and_is_not_made() -> None:
+    """Such a stage of Ray's leaves its other columns empty: an empty prompt would be a picture of nothing."""
+    given = [{"prompt": "", ERROR: "timeout", "label": 1}, {"prompt": "p", ERROR: "", "label": 2}]
+    for config in (ProcessorConfig(), ProcessorConfig(should_continue_on_error=True)):
+        failed, good = rows(config, given)
+        assert (failed[ERROR], failed["image"], failed["label"]) == ("timeout", None, 1)
+        assert (good[ERROR], good["image"] is None) == ("", False)
+
+
 def test_a_row_without_a_prompt_is_refused_as_in_a_job() -> None:
     given = [{"prompt": None, "label": 1}, {"prompt": "", "label": 2}]
     without, empty = rows(ProcessorConfig(should_continue_on_error=True), given)
@@ -244,13 +253,15 @@ def test_as_a_stage_of_a_ray_dataset() -> None:
 
     processor = build_processor(
         ProcessorConfig(should_continue_on_error=True, batch_size=2),
-        preprocess=lambda row: {"prompt": row["text"], "number": row["number"]},
-        postprocess=lambda row: {"number": row["number"], "bytes": row["image"]["bytes"], ERROR: ""},
+        preprocess=lambda row: {"prompt": row["text"]},
+        postprocess=lambda row: {"number": row["number"], "bytes": row["image"]["bytes"]},
         models=FakeModels(),
     )
-    texts = ["p", "q", "POISON", "r"]
-    dataset = ray.data.from_items([{"text": text, "number": i} for i, text in enumerate(texts)])
-    made = {row["number"]: row for row in processor(dataset).take_all()}
-    assert sorted(made) == [0, 1, 2, 3]
-    assert [bool(made[i].get("bytes")) for i in range(4)] == [True, True, False, True]
+    texts = ["p", "q", "POISON", "r", "s"]
+    errors = ["", "", "", "", "an earlier stage failed"]
+    items = [{"text": text, "number": i, ERROR: errors[i]} for i, text in enumerate(texts)]
+    made = {row["number"]: row for row in processor(ray.data.from_items(items)).take_all()}
+    assert sorted(made) == [0, 1, 2, 3, 4], "columns that the first function does not name are still there"
+    assert [bool(made[i].get("bytes")) for i in range(5)] == [True, True, False, True, False]
+    assert [made[i][ERROR] for i in (0, 1, 3, 4)] == ["", "", "", "an earlier stage failed"]
     assert "non-finite" in made[2][ERROR]
