@@ -120,7 +120,9 @@ def data_schema(
         image = _fields(LATENTS)
     carried = [field.with_metadata(None) for field in user]
     fields = [*_fields(ID), *image, *_fields(REQUEST_COLUMNS), *_fields(MADE), *more, *carried]
-    known = {f.name: json.loads(f.metadata[FEATURE]) for f in user if FEATURE in (f.metadata or {})}
+    features = {f.name: f.metadata[FEATURE] for f in user if FEATURE in (f.metadata or {})}
+    # Of pictures `imagefolder` expects names of files, and takes those with bytes for missing.
+    known = {n: json.loads(own) for n, own in features.items() if not (files and b'"Image"' in own)}
     if not (files or latents):
         known["image"] = {"_type": "Image"}
     info = {FEATURE: json.dumps({"info": {"features": known}}).encode()}

@@ -42,6 +42,21 @@ def test_pandas_opens_the_output(place: Place) -> None:
     assert {"steps", "sampler", "seed", "guidance_scale", "model_checksum", "label"} <= set(frame.columns)
 
 
+def test_carried_pictures_open_beside_image_files(place: Place, offline: str) -> None:
+    """The reader of image folders takes a column of pictures for names of files, and one with bytes for empty."""
+    datasets = pytest.importorskip("datasets")
+    masks = [Image.new("L", (16, 16), level) for level in (10, 20)]
+    features = datasets.Features({"prompt": datasets.Value("string"), "seg": datasets.Image()})
+    features["views"] = datasets.Sequence(datasets.Image())
+    rows = [{"prompt": "x", "seg": mask, "views": [mask, mask]} for mask in masks]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(place.path / "t.parquet")
+    place.job(str(place.path / "t.parquet"), encoding={"layout": "files"})
+    made = datasets.load_dataset(str(place.path / "out"), split="train", cache_dir=offline)
+    made = made.cast_column("seg", datasets.Image()).cast_column("views", features["views"])
+    assert [row["seg"].getpixel((0, 0)) for row in made] == [10, 20]
+    assert [[view.getpixel((0, 0)) for view in row["views"]] for row in made] == [[10, 10], [20, 20]]
+
+
 def test_near_duplicates_are_a_column_beside_the_images(place: Place, offline: str) -> None:
     datasets = pytest.importorskip("datasets")
     rows = "".join(f"x,{number % 3}\n" if number != 5 else "POISON,0\n" for number in range(10))
