@@ -107,18 +107,8 @@ def read_index(store: Store, shards: Sequence[int], sample: Sample) -> Index:
 
 def _shown(table: pa.Table, sample: Sample) -> list[Shown]:
     rows = table.filter(table.column("thumbnail").is_valid()).to_pylist()
-    hidden = ("id", "thumbnail", "shown")
     return [
-        Shown(
-            row["id"],
-            row["thumbnail"],
-            {
-                **json.loads(row["shown"]),
-                **{k: v for k, v in row.items() if k not in hidden and v is not None},
-            },
-        )
-        for row in rows
-        if row["id"] in sample
+        Shown(row["id"], row["thumbnail"], json.loads(row["shown"])) for row in rows if row["id"] in sample
     ]
 
 

@@ -19,7 +19,7 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -36,6 +36,8 @@ from .tables import data_row, data_schema, parquet, rejected_row, rejected_schem
 
 MAX_REASON = 2000
 """Characters of a reason; an error of other people's code may say a lot more."""
+MAX_SHOWN = 2000
+"""Characters of a list or struct that the gallery shows; embeddings would make it large."""
 GROUP_BYTES = 64 * 2**20
 """Row groups of a data part hold about this much at most: a reader of one image loads one group."""
 PART = re.compile(r"part-\d{5,}(\.parquet|\.tar|/metadata\.(parquet|jsonl))$")
@@ -126,7 +128,7 @@ def part_files(
     if made:
         write = {"files": _image_files, "webdataset": _webdataset, "parquet": _parquet}[output.layout]
         files |= write(number, user, made, output)
-        files[index_path(number)] = Part(_index(made, output))
+        files[index_path(number)] = Part(_index(user, made, output))
     if rejected:
         verdicts = [
             rejected_row(
@@ -189,21 +191,34 @@ def _webdataset(number: int, user: pa.Schema, made: Sequence[Made], output: Outp
     return {output.table(number): Part(sink.getvalue(), len(made))}
 
 
-def _index(made: Sequence[Made], output: Output) -> bytes:
-    rows, usual = [], {k: v for k, v in ImageRequest().parameters().items() if k not in ("prompt", "seed")}
+def _index(user: pa.Schema, made: Sequence[Made], output: Output) -> bytes:
+    names = score_names(output.scores, user)
+    rows = []
     for one in made:
-        given = one.request.parameters().items()
-        facts = {k: v for k, v in given if v is not None and (k not in usual or v != usual[k])}
-        if one.request.adapters:
-            facts["adapters"] = as_text("adapters", one.request.adapters)
-        own = {name: v for name, v in one.image.user.items() if not _is_large(v)}
-        shown = _json(facts | {"model": output.model} | own) if one.thumbnail else None
+        shown = _json(_shown(one, output, names)) if one.thumbnail else None
         rows.append({"id": one.image.id, "thumbnail": one.thumbnail, "shown": shown, **one.scores})
     return index_part(rows, output.scores)
 
 
+def _shown(one: Made, output: Output, names: Mapping[str, str]) -> dict[str, Any]:
+    """What the gallery says of an image: what is not as usual, and no more of a value than one can look at."""
+    usual = {k: v for k, v in ImageRequest().parameters().items() if k not in ("prompt", "seed")}
+    facts = {k: v for k, v in one.request.parameters().items() if k not in usual or v != usual[k]}
+    if one.request.adapters:
+        facts["adapters"] = as_text("adapters", one.request.adapters)
+    facts |= {"model": output.model, **one.image.user}
+    facts |= {names[name]: value for name, value in one.scores.items()}
+    return {name: value for name, value in facts.items() if value is not None and not _is_large(value)}
+
+
 def _is_large(value: object) -> bool:
-    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+    """Whether it is nothing to look at: bytes, or a list or struct of many numbers."""
+    return _has_bytes(value) or (isinstance(value, (dict, list)) and len(str(value)) > MAX_SHOWN)
+
+
+def _has_bytes(value: object) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, bytes) or any(map(_has_bytes, parts))
 
 
 def _row(one: Made, output: Output, user: pa.Schema, image: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +238,7 @@ def _schema(user: pa.Schema, output: Output, *, files: bool, latents: bool = Fal
     return data_schema(user, files=files, latents=latents, more=[*sources, *scores])
 
 
-def score_names(scores: Mapping[str, Any], user: pa.Schema) -> dict[str, str]:
+def score_names(scores: Iterable[str], user: pa.Schema) -> dict[str, str]:
     """Score to its column in the dataset: `score_` comes before one that the input has a column for."""
     taken, names = set(user.names), {}
     for name in scores:

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+
 from ..config import JobConfig
 from ..making.models import shown_name
 from ..outputs.commit import SUCCESS, archive_retried, proven_totals, read_commits
 from ..outputs.index import Index, read_index
+from ..outputs.parts import score_names
 from ..outputs.sample import Sample
 from ..outputs.store import SCRATCH, Store
-from ..planning.plan import Plan
+from ..planning.plan import Plan, read_shard
 from ..runs import prompts, read_runs
 from . import account, card, charts, duplicates, gallery, sheet
 from .account import TIMED_FILES as TIMED_FILES
@@ -43,7 +46,8 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
         found.shown = duplicates.marked(found.shown, marks)
         alike = len(marks) - marks["duplicate_of"].null_count
     refused = account.refusals(store, plan, commits)
-    _write_pages(store, config, totals, found, refused, alike)
+    user = read_shard(store, 0).user if plan.shards else pa.schema([])
+    _write_pages(store, config, user, totals, found, refused, alike)
     size = sum(file["bytes"] for commit in commits for file in commit.files if _is_data(file["path"]))
     runs = read_runs(store)
     times, encoded = account.Times.of(commits, runs), prompts(runs)
@@ -58,6 +62,7 @@ def finish(store: Store, config: JobConfig, plan: Plan) -> dict[str, int]:
 def _write_pages(
     store: Store,
     config: JobConfig,
+    user: pa.Schema,
     totals: dict[str, int],
     found: Index,
     refused: list[account.Refusals],
@@ -71,7 +76,7 @@ def _write_pages(
         store.write(gallery.NAME, gallery.gallery(found, totals, refused, alike, models))
     if plots := charts.histograms(found.scores):
         store.write(charts.NAME, charts.stacked(plots).encode())
-    columns = list(found.scores) + (["phash"] if len(found.hashes) else [])
+    columns = score_names([*found.scores, *(["phash"] if len(found.hashes) else [])], user)
     store.write(card.NAME, card.card(config, models, totals, refused, columns, alike, bool(plots)).encode())
 
 

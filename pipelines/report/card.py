@@ -88,11 +88,15 @@ def card(
     models: Sequence[str],
     totals: Mapping[str, int],
     refused: Sequence[Refusals],
-    scores: Sequence[str],
+    scores: Mapping[str, str],
     duplicates: int | None,
     charts: bool = False,
 ) -> str:
-    """The whole file. It holds no times and no places: the same dataset has the same card."""
+    """The whole file. It holds no times and no places: the same dataset has the same card.
+
+    Args:
+        scores: name to column, which may have another name where the input has one of that name.
+    """
     images, about, latents = totals["images"], ABOUT[config.task], config.task == "encode"
     data = DatasetCardData(
         license=config.license,
@@ -115,13 +119,16 @@ def card(
         shown = [*pictures, *(pages if config.gallery else [])] if not latents else []
         parts += [*shown, OPENING["latents" if latents else config.encoding.layout]]
     if scores:
-        lines = [f"| `{name}` | {COLUMNS.get(name, 'by a scorer of the job')} |" for name in scores]
+        lines = [
+            f"| `{column}` | {COLUMNS.get(name, 'by a scorer of the job')} |"
+            for name, column in scores.items()
+        ]
         parts += ["## Scores", "\n".join(["| column | meaning |", "| --- | --- |", *lines])]
         parts += [f"![How they are spread]({CHARTS})"] if charts else []
     if duplicates is not None:
-        bits = config.checks.near_duplicates
+        bits, column = config.checks.near_duplicates, scores.get("phash", "phash")
         parts.append(
-            f"Near duplicates: {duplicates:,}. Their `phash` differs by at most {bits} bits from that of an earlier "
+            f"Near duplicates: {duplicates:,}. Their `{column}` differs by at most {bits} bits from that of an earlier "
             f"image, whose `id` is in the column `duplicate_of` of `{DUPLICATES}`: it has a row for every image, in "
             "the order of the data files."
         )

@@ -46,13 +46,13 @@ def test_the_hub_reads_the_metadata(place: Place, layout: str) -> None:
 )
 def test_size_categories(images: int, size: str) -> None:
     config = JobConfig.checked({"input": "a", "output": "b"})
-    text = card(config, ["m"], {"images": images, "rejected": 0}, [], [], None)
+    text = card(config, ["m"], {"images": images, "rejected": 0}, [], {}, None)
     assert DatasetCard(text).data.size_categories == [size]
 
 
 def of_task(task: Task, **values: Any) -> str:
     config = JobConfig.checked({"input": "a", "output": "b", "task": task, **values})
-    return card(config, ["m"], {"images": 3, "rejected": 0}, [], [], None)
+    return card(config, ["m"], {"images": 3, "rejected": 0}, [], {}, None)
 
 
 @pytest.mark.parametrize("task", get_args(Task))
@@ -112,7 +112,7 @@ def test_no_value_breaks_the_page() -> None:
     names = {"defaults": {"prompt": evil}, "templates": {"prompt": evil}, "sweep": {evil: [evil]}}
     config = JobConfig.checked({"input": "a", "output": "b", **names})
     refused = [Refusals("plan", "prompt", 3, evil)]
-    text = card(config, [evil], {"images": 1, "rejected": 3}, refused, ["score"], None)
+    text = card(config, [evil], {"images": 1, "rejected": 3}, refused, {"score": "score"}, None)
     assert text.count("\n---\n") == 1  # the end of the header
     body = re.sub(r"`[^`\n]*`", "", text.split("\n---\n")[1])  # what stands between backticks is plain text
     assert "<script" not in body

@@ -14,6 +14,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -110,6 +112,26 @@ def test_pictures_and_numbers_survive(page: Path) -> None:
     assert images[6]["facts"]["seed"] == 0
     assert images[0]["facts"]["<b>column</b>"] == EVIL[0]
     assert "brightness" in images[0]["facts"]
+
+
+def test_the_columns_shown_are_those_of_the_dataset_without_what_is_nothing_to_look_at(place: Place) -> None:
+    rows = [
+        {"prompt": "x", "brightness": "dim", "rating": 1.5, "few": [1, 2], "many": list(range(1000))},
+        {"prompt": "y", "brightness": None, "rating": None, "few": None, "many": [1]},
+    ]
+    table = pa.Table.from_pylist(rows).append_column("files", pa.array([[b"abc"], [b""]]))
+    pq.write_table(table, place.path / "t.parquet")
+    place.job(str(place.path / "t.parquet"), checks={"measures": True})
+    x, y = (image["facts"] for image in data_of(place.path / "out/gallery.html")["images"])
+    assert (x["brightness"], x["rating"], x["few"]) == ("dim", 1.5, [1, 2])
+    assert y["many"] == [1]
+    assert not {"brightness", "rating", "few"} & y.keys(), "a number column with gaps stays one of numbers"
+    assert not {"many", "files"} & x.keys()
+    made = place.rows()
+    assert [x["score_brightness"], y["score_brightness"]] == [row["score_brightness"] for row in made]
+    card = (place.path / "out/README.md").read_text()
+    assert "| `score_brightness` | mean luma" in card
+    assert "| `brightness` |" not in card
 
 
 def test_large_datasets_show_a_sample(place: Place) -> None:
