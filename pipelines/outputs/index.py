@@ -56,7 +56,7 @@ class Index:
     images: int = 0
     scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
-    ids: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.string()))
+    ids: pa.ChunkedArray = field(default_factory=lambda: pa.chunked_array([], pa.large_string()))
     shown: list[Shown] = field(default_factory=list)
 
 
@@ -101,7 +101,7 @@ def read_index(store: Store, shards: Sequence[int], sample: Sample) -> Index:
         found.shown += _shown(table, sample)
     found.scores = {name: np.concatenate(parts) for name, parts in scores.items()}
     found.hashes = np.concatenate(hashes) if hashes else found.hashes
-    found.ids = pa.chunked_array(names, pa.string())
+    found.ids = pa.chunked_array(names, pa.string()).cast(pa.large_string())  # all may be more than 2 GiB
     return found
 
 

@@ -87,7 +87,7 @@ def write_marks(store: Store, index: Index, distance: int) -> pa.Table:
 
 def marked(shown: Sequence[Shown], marks: pa.Table) -> list[Shown]:
     """The sample, each image with its mark among its facts."""
-    ours = marks.filter(pc.is_in(marks["id"], pa.array([one.id for one in shown], pa.string())))
+    ours = marks.filter(pc.is_in(marks["id"], pa.array([one.id for one in shown], pa.large_string())))
     known = dict(zip(ours["id"].to_pylist(), ours["duplicate_of"].to_pylist(), strict=True))
     return [replace(one, facts={**one.facts, **_facts(known[one.id])}) for one in shown]
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
+from diffray.pipelines import Store
+from diffray.pipelines.outputs.index import read_index
+from diffray.pipelines.outputs.sample import Sample
 from diffray.pipelines.report import duplicates
 from diffray.pipelines.report.duplicates import near_duplicates
 
@@ -62,7 +67,7 @@ def test_identical_pictures_in_any_number_are_not_compared_pair_by_pair() -> Non
 
 @pytest.mark.slow
 def test_variants_of_pictures_cost_little_memory() -> None:
-    """A hundred of each, all of which are alike: as many pairs as there are would be half a gigabyte."""
+    """A hundred of each, all of which are alike: as many pairs as there are would be 150 MB."""
     rng = np.random.default_rng(0)
     hashes = np.repeat(rng.integers(0, 2**64, 200, dtype=np.uint64), 100)
     for _ in range(2):
@@ -79,3 +84,8 @@ def test_a_chain_of_small_steps_is_not_one_group() -> None:
     found = near_duplicates(chain, 4)
     assert found.originals.tolist() == [0, 2, 4, 6, 8]
     assert found.images.tolist() == [1, 3, 5, 7, 9]
+
+
+def test_ids_may_be_more_than_arrow_has_in_one_array(tmp_path: Path) -> None:
+    """To take some of them Arrow joins all, and `string` ends at 2 GiB. (Tried with as many: 16 s.)"""
+    assert read_index(Store(str(tmp_path)), [], Sample(1)).ids.type == pa.large_string()
