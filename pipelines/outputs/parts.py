@@ -174,7 +174,7 @@ def _image_files(number: int, user: pa.Schema, made: Sequence[Made], output: Out
 
 
 def _webdataset(number: int, user: pa.Schema, made: Sequence[Made], output: Output) -> dict[str, Part]:
-    names = [name for name in _schema(user, output, files=True).names if name != "file_name"]
+    names = tar_schema(user, output).names
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for position, one in enumerate(made):
@@ -189,6 +189,11 @@ def _webdataset(number: int, user: pa.Schema, made: Sequence[Made], output: Outp
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
     return {output.table(number): Part(sink.getvalue(), len(made))}
+
+
+def tar_schema(user: pa.Schema, output: Output) -> pa.Schema:
+    """What the JSON beside a picture in a tar holds."""
+    return pa.schema([field for field in _schema(user, output, files=True) if field.name != "file_name"])
 
 
 def _index(user: pa.Schema, made: Sequence[Made], output: Output) -> bytes:

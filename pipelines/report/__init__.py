@@ -17,10 +17,12 @@ import json
 import pyarrow as pa
 
 from ..config import JobConfig
+from ..inputs.sources import source_columns
 from ..making.models import shown_name
+from ..making.scores import columns as score_columns
 from ..outputs.commit import SUCCESS, archive_retried, proven_totals, read_commits
 from ..outputs.index import Index, read_index
-from ..outputs.parts import score_names
+from ..outputs.parts import Output, score_names, tar_schema
 from ..outputs.sample import Sample
 from ..outputs.store import SCRATCH, Store
 from ..planning.plan import Plan, read_shard
@@ -77,7 +79,15 @@ def _write_pages(
     if plots := charts.histograms(found.scores):
         store.write(charts.NAME, charts.stacked(plots).encode())
     columns = score_names([*found.scores, *(["phash"] if len(found.hashes) else [])], user)
-    store.write(card.NAME, card.card(config, models, totals, refused, columns, alike, bool(plots)).encode())
+    said = card.card(config, models, totals, refused, columns, alike, bool(plots), _members(config, user))
+    store.write(card.NAME, said.encode())
+
+
+def _members(config: JobConfig, user: pa.Schema) -> pa.Schema | None:
+    """What a tar's JSON holds, if the data are tars."""
+    scores, sources = score_columns(config.checks), tuple(source_columns(config).values())
+    output = Output("", config.encoding.layout, "", "", scores=scores, sources=sources)
+    return tar_schema(user, output) if output.layout == "webdataset" else None
 
 
 def _is_data(path: str) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 from huggingface_hub import DatasetCardData
 
 from ..config import JobConfig, Range, Task
@@ -91,13 +92,16 @@ def card(
     scores: Mapping[str, str],
     duplicates: int | None,
     charts: bool = False,
+    members: pa.Schema | None = None,
 ) -> str:
     """The whole file. It holds no times and no places: the same dataset has the same card.
 
     Args:
         scores: name to column, which may have another name where the input has one of that name.
+        members: what the JSON in tars holds: `datasets` would guess it by the first images.
     """
     images, about, latents = totals["images"], ABOUT[config.task], config.task == "encode"
+    info = {"features": _features(config, members)} if members is not None and images else None
     data = DatasetCardData(
         license=config.license,
         pretty_name=about.title,
@@ -111,6 +115,7 @@ def card(
             *(["webdataset"] if config.encoding.layout == "webdataset" else []),
         ],
         configs=_configs(config, totals, duplicates) or None,
+        dataset_info=info,
     )
     parts = [f"---\n{data.to_yaml()}\n---", f"# {about.title}", _summary(about, models, totals)]
     if images:
@@ -153,6 +158,31 @@ def _configs(config: JobConfig, totals: Mapping[str, int], duplicates: int | Non
         {"config_name": name, "data_files": [{"split": "train", "path": path}]}
         for name, path in tables.items()
     ]
+
+
+def _features(config: JobConfig, members: pa.Schema) -> list[dict[str, Any]]:
+    """The columns of tars by the names and types of `datasets`."""
+    picture = {"jpeg": "jpg"}.get(config.encoding.format, config.encoding.format)
+    return [
+        {"name": picture, "dtype": "image"},
+        {"name": "json", "struct": [{"name": field.name, **_feature(field.type)} for field in members]},
+        *({"name": name, "dtype": "string"} for name in ("txt", "__key__", "__url__")),
+    ]
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    """The type of a value that went through JSON, which has no times, decimals or bytes."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _feature(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _feature(kind.value_type)
+    if pa.types.is_struct(kind):
+        return {"struct": [{"name": field.name, **_feature(field.type)} for field in kind]}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return {"list": _feature(kind.value_type)}
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return {"dtype": str(kind)}
+    return {"dtype": "float64" if pa.types.is_floating(kind) else "string"}
 
 
 def _summary(about: About, models: Sequence[str], totals: Mapping[str, int]) -> str:

@@ -57,6 +57,29 @@ def test_carried_pictures_open_beside_image_files(place: Place, offline: str) ->
     assert [[view.getpixel((0, 0)) for view in row["views"]] for row in made] == [[10, 10], [20, 20]]
 
 
+def test_tars_open_whatever_their_first_rows_leave_out(place: Place, offline: str) -> None:
+    """`datasets` guesses the types of tars by the first five samples, and fails at what is not among them."""
+    datasets = pytest.importorskip("datasets")
+    early: list[dict[str, object]] = [{"prompt": f"p{i}", "score": 1} for i in range(8)]
+    late = {
+        "prompt": "late",
+        "negative_prompt": "blur",
+        "score": 2.5,
+        "label": "x",
+        "boxes": [[1, 2]],
+        "of": {"a": 1},
+    }
+    table = place.write("\n".join(map(json.dumps, [*early, late])), "t.jsonl")
+    encoding = {"layout": "webdataset", "format": "jpeg"}
+    place.job(table, encoding=encoding, checks={"measures": True})
+    made = datasets.load_dataset(str(place.path / "out"), split="train", cache_dir=offline)
+    assert [row["jpg"].size for row in made] == [(16, 16)] * 9
+    first, last = made[0]["json"], made[8]["json"]
+    assert (first["score"], first["label"], first["of"]) == (1.0, None, None)
+    assert {name: last[name] for name in late} == late
+    assert 0 < last["brightness"] < 1
+
+
 def test_near_duplicates_are_a_column_beside_the_images(place: Place, offline: str) -> None:
     datasets = pytest.importorskip("datasets")
     rows = "".join(f"x,{number % 3}\n" if number != 5 else "POISON,0\n" for number in range(10))
