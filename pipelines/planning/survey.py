@@ -41,11 +41,8 @@ class Survey:
         stated = [field for field in source.schema() or () if field.name not in rules.variables]
         features = {name: own for name, own in source.features.items() if name not in rules.variables}
         user = UserColumns(pa.schema(stated), features)
-        rules.classes = {
-            name: feature["names"]
-            for name, feature in features.items()
-            if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
-        }
+        found = {name: _class_names(feature) for name, feature in features.items()}
+        rules.classes = {name: names for name, names in found.items() if names is not None}
         for variant in rules.variants:
             user.observe({name: variant.values[name] for name in rules.variables})
         self._ids, placed = RowHashes(_derived_id_hash), 0
@@ -157,6 +154,13 @@ class Survey:
         if double:
             shown = "; ".join(f"{key} at {', '.join(where)}" for key, where in list(double.items())[:SHOWN])
             raise InvalidJob(f"duplicate ids, each would overwrite the other ({count} in all): {shown}")
+
+
+def _class_names(feature: Mapping[str, Any]) -> list[str] | None:
+    """The names of the classes that a column holds numbers of, or lists of numbers."""
+    each = feature.get("feature", feature)
+    names = each.get("names") if isinstance(each, dict) and each.get("_type") == "ClassLabel" else None
+    return names if isinstance(names, list) else None
 
 
 def _derived_id(content: int) -> str:

@@ -108,7 +108,8 @@ class Template:
             return classes[value]
         if isinstance(value, (int, float)):
             return str(value)
-        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-            return ", ".join(value)
+        each = str if classes is None else int
+        if isinstance(value, list) and value and all(isinstance(part, each) for part in value):
+            return ", ".join(self._text(key, part, classes) for part in value)
         got = "nothing" if value is None else "bytes" if isinstance(value, str) else type(value).__name__
         raise InvalidRequest(self.field, f"its template needs {key!r}, this row has {got} there")

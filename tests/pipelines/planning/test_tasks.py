@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,6 +48,19 @@ def test_augment_makes_variants_and_carries_the_labels(place: Place) -> None:
         assert (row["width"], row["height"]) == (32, 24)
         assert pixels(row)[..., 0 if row["row_id"] == "a" else 2].min() >= 127
     assert {r["init_image"] for r in made} == {"a.png", "b/b.png"}
+
+
+def test_lists_of_class_numbers_are_named_in_templates(place: Place) -> None:
+    kinds = datasets.ClassLabel(names=["cat", "dog", "fox"])
+    features = datasets.Features(
+        {"kinds": datasets.Sequence(kinds), "sizes": datasets.Sequence(datasets.Value("int64"))}
+    )
+    rows = {"kinds": [[2, 0], [1], []], "sizes": [[1], [2], [3]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(place.path / "t.parquet")
+    table = str(place.path / "t.parquet")
+    place.job(table, templates={"prompt": "a {kinds}"})
+    assert [row["prompt"] for row in place.rows()] == ["a fox, cat", "a dog"]
+    assert place.job(table, "sizes", templates={"prompt": "a {sizes}"}).rejected == 3
 
 
 @pytest.mark.parametrize(
