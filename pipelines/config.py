@@ -327,7 +327,7 @@ class JobConfig(Strict):
             InvalidJob: the file cannot be read, is no YAML mapping, or `checked` refuses it.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceEach)
         except yaml.MarkedYAMLError as error:
             # The error's own text would quote the line, which may hold a secret.
             where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -346,6 +346,20 @@ class JobConfig(Strict):
                 raise InvalidJob(f"{path}: {key}: {key.rpartition('.')[0]} is no mapping in this file")
             place[names[-1]] = value
         return cls.checked(values)
+
+
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return dict(super().construct_mapping(node, deep))
 
 
 def _absolute(url: str) -> str:

@@ -80,6 +80,10 @@ def test_run_is_generate_from_a_file(table: Path, tmp_path: Path) -> None:
         ("input: a\n", "output: Field required"),
         ("input: a\noutput: b\nstep: 3\n", "step: Extra inputs are not permitted"),
         ("input: a\noutput: b\nshards: {images: 0}\n", "shards.images"),
+        (
+            "input: a\noutput: b\ndefaults: {steps: 3}\ndefaults: {seed: 1}\n",
+            "no YAML in line 4: defaults twice",
+        ),
         ("- a\n", "expected a mapping"),
         ("input: [\n", "job.yaml"),
     ],
