@@ -1,14 +1,15 @@
 """WebDataset tars as rows: the members that share a name up to its first dot are one row.
 
 `.json` gives its keys as columns, `.txt` its text, `.cls` its number; every other member is a column of that name
-and stays in the tar. `__key__` holds the shared name. Members whose names begin with a dot are passed by.
+and stays in the tar. `__key__` holds the shared name. A key of the JSON that is one of these columns too gets `input_`
+in front, as in tars that diffray made of tars. Members whose names begin with a dot are passed by.
 """
 
 from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from posixpath import basename, split
 from typing import IO, Any
@@ -44,6 +45,8 @@ def read_tar(file: IO[bytes], name: str) -> Iterator[SourceRow]:
                 except _BadMember as error:
                     yield SourceRow(name, line, problem=f"sample {key!r}: {error}")
                     continue
+                for key, value in values.pop("json", {}).items():
+                    values[_free(key, values)] = value
                 yield checked(name, line, values)
     except tarfile.TarError as error:
         raise InvalidJob(f"input {name}: {error}") from None
@@ -68,6 +71,12 @@ def _key(path: str) -> str:
     folder, name = split(path)
     stem = name.partition(".")[0]
     return f"{folder}/{stem}" if folder else stem
+
+
+def _free(key: str, taken: Collection[str]) -> str:
+    while key in taken:
+        key = f"input_{key}"
+    return key
 
 
 def _add(
@@ -101,11 +110,9 @@ def _add(
             values["cls"] = int(text)
         else:
             fields = json.loads(text)
-            if not isinstance(fields, dict) or fields.keys() & values.keys():
-                raise _BadMember(
-                    f"member {member.name!r}: expected an object whose keys are no other columns"
-                )
-            values |= fields
+            if not isinstance(fields, dict):
+                raise _BadMember(f"member {member.name!r}: expected an object")
+            values["json"] = fields
     except (ValueError, RecursionError) as error:
         if isinstance(error, _BadMember):
             raise

@@ -21,14 +21,14 @@ from diffray.model.errors import InvalidRequest
 
 from ..hashing import text_hash
 from ..outputs.schemas import OWN_COLUMNS, SOURCE_COLUMN
-from ..planning.tasks import LATENTS, Kind
+from ..planning.tasks import ENDINGS, LATENTS, Kind
 from .readers import SourceRow
 from .references import Reference
 from .values import REQUEST_COLUMNS, shown
 
 MAX_ID = 500
 COUNT_COLUMNS = ("n", "images_per_prompt")
-MADE = ("image", "file_name", "latents")
+MADE = ("image", "file_name", "latents", *ENDINGS)
 """Columns that hold what a job made."""
 LABELS = ("mask", "depth")
 """Pictures that say something about the source picture: where they are values of a table, they are carried too."""

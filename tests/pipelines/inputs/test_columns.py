@@ -127,6 +127,34 @@ def test_the_pictures_of_a_dataset_are_the_next_ones_source(place: Place) -> Non
     assert [r["row_id"] for r in place.rows("third")] == [r["id"] for r in second]
 
 
+def test_tars_that_diffray_made_of_tars_are_a_source_like_its_tables(place: Place) -> None:
+    """Their JSON holds the first sample's key and text too, and what made the picture is no request of the next."""
+    with tarfile.open(place.path / "in.tar", "w") as tar:
+        for name, member in {
+            "a.png": data(flat("red")),
+            "a.txt": b"a cat",
+            "a.json": b'{"seed": 5, "k": 1}',
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(member)
+            tar.addfile(info, io.BytesIO(member))
+    values: dict[str, Any] = {"task": "augment", "encoding": {"layout": "webdataset"}}
+    place.job(str(place.path / "in.tar"), "first", defaults={"steps": 3}, **values)
+    place.job(str(place.path / "first/data"), "second", images_per_prompt=2, defaults={"steps": 5}, **values)
+    place.job(str(place.path / "second/data"), "third", task="augment")
+    rows = place.rows("third")
+    assert len(rows) == 2
+    assert len({row["seed"] for row in rows}) == 2
+    for row in rows:
+        assert (row["prompt"], row["k"], row["steps"], row["input_seed"]) == ("a cat", 1, 4, 5)
+        assert (row["input_steps"], row["input_input_steps"]) == (3, 5)
+        assert row["row_id"] == f"{row['input_input_row_id']}-{row['input_input_index']}"
+        assert [row[name] for name in ("__key__", "input___key__", "input_input___key__")][1:] == [
+            "0000000000",
+            "a",
+        ]
+
+
 def test_rejected_rows_with_pictures_can_be_fed_back(place: Place) -> None:
     save(place, flat(), "a.png")
     table = place.write("image,prompt,label\na.png,POISON,x\n", "in/t.csv")
