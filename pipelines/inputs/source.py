@@ -41,7 +41,7 @@ from .formats import COLUMNAR, READERS, WHOLE, ending
 from .lance import ENDING as LANCE
 from .lance import lance_digest, lance_url, open_lance
 from .listing import Found, expanded, wildcard
-from .readers import SourceRow, checked
+from .readers import SourceRow, checked, is_text
 from .stamps import Stamps, listed_stamp, refuse_http
 
 CHUNK = 1 << 18
@@ -90,6 +90,8 @@ class Source:
             raise InvalidJob(f"input: expected one or more places on the same storage, got {urls}")
         self._found = found
         self.files = tuple(path for one in found for path in one.files)
+        if odd := next((p for one in found if not one.pictures for p in one.files if not is_text(p)), None):
+            raise InvalidJob(f"input {odd!r}: its name is not valid UTF-8")
         self._root = _common([one.root for one in found])
         self.root = self._root if "://" not in urls[0] else str(self._fs.unstrip_protocol(self._root))
         for url in urls:  # workers read all of it by the options of the root

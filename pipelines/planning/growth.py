@@ -97,7 +97,7 @@ class _Known:
     """The images of a plan."""
 
     def __init__(self, store: Store, plan: Plan, config: JobConfig, changed: set[str]) -> None:
-        self._store, self._plan = store, plan
+        self._store, self._plan, self._limit = store, plan, config.limit
         self._changed, self._columns = changed, source_columns(config).values()
         self._hashes = ImageHashes((text_hash(image.id), _content(image)) for image in self._images())
 
@@ -123,7 +123,8 @@ class _Known:
                 for image in islice(lost.values(), 3)
             ]
             what = f"the input lacks {gone} images that were planned"
-            remedy = "choose a new output, or bring these rows back as they were"
+            limit = "" if self._limit is None else f" (the limit is {self._limit} rows now)"
+            remedy = f"choose a new output, or bring these rows back as they were{limit}"
             raise JobConflict("\n".join([f"{self._store.url}: {what}; {remedy}:", *lines]))
         for image in self._images() if self._changed else ():
             if odd := sorted({basename(file) for file in self._files(image)} & self._changed):

@@ -157,6 +157,18 @@ def test_a_name_with_wildcards_in_it_may_be_a_name(place: Place, name: str) -> N
         assert place.job(str(place.path / own), output, task="augment", **values).made == 0
 
 
+def test_names_that_are_no_utf8(place: Place) -> None:
+    """A table's is in the plan of every row; a picture's costs its own."""
+    table, folder = os.fsdecode(b"t-\xe9.csv"), place.path / "in"
+    folder.mkdir()
+    for name in ("a.png", os.fsdecode(b"b-\xe9.png")):
+        (folder / name).write_bytes(png("red"))
+    result = place.job(str(folder), task="augment", templates={"prompt": "x"})
+    assert (result.images, result.rejected) == (1, 1)
+    with pytest.raises(InvalidJob, match=r"t-\\udce9\.csv': its name is not valid UTF-8"):
+        Source(place.write("prompt\na\n", table))
+
+
 def test_links_lead_to_pictures_and_one_that_leads_nowhere_costs_its_row(place: Place) -> None:
     for name, colour in (("real/a.png", "red"), ("in/b.png", "blue")):
         (place.path / name).parent.mkdir()
