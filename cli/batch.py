@@ -19,7 +19,9 @@ TakeOver = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be made; write nothing.")]
 Limit = Annotated[int | None, typer.Option(help="Only so many rows, from the first on.")]
-Rate = Annotated[float | None, typer.Option(help="Images per second of the whole job, to estimate its time.")]
+Rate = Annotated[
+    float | None, typer.Option(min=1e-9, help="Images per second of the whole job, to estimate its time.")
+]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Load the model and make a few images, to estimate the job's time.")
 ]

@@ -156,6 +156,8 @@ def test_schema_prints_json() -> None:
         ["--column", "nothing=x"],
         ["--fit", "squeeze"],
         ["--limit", 0],
+        ["--dry-run", "--rate", 0],
+        ["--dry-run", "--rate", -3],
     ],
 )
 def test_wrong_flags_exit_2(table: Path, tmp_path: Path, wrong: list[Any]) -> None:
