@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TURNS = 1000
 """Turns of a long job; each then makes several shards."""
 PATIENCE = 20.0
-"""Seconds that a stopped job waits for its turns to end."""
+"""Seconds that a job which is stopped, or has nothing left to make, waits for its turns to end."""
 
 
 class Ended(NamedTuple):
@@ -96,7 +96,7 @@ class Pool:
     ) -> None:
         self._board, self._model, self._share = board, model, share
         self._least, self._patience = least, patience
-        self._enough = time.monotonic()
+        self._enough = self._left = time.monotonic()
         self._seen: set[int] = set()
         self._board_began, self._listed = 0.0, 0
         self._answered = 0.0
@@ -106,7 +106,8 @@ class Pool:
     def run(self) -> Iterator[Ended | Pulse]:
         """Yields every shard as it is committed, and about once a second how the pool is.
 
-        A pool that is stopped lets its turns end, and tells what these still committed before it raises.
+        A pool that is stopped lets its turns end, and tells what these still committed before it raises. One that has
+        nothing left to make does not wait long for turns of an engine that starts again, or hangs as it does.
 
         Raises:
             DiffrayError: whatever stopped an engine, as it was raised there.
@@ -118,7 +119,7 @@ class Pool:
         self._thread.start()
         try:
             row: Any = ()
-            while row is not None:
+            while row is not None and self._answered - self._left < PATIENCE:
                 row = self._next_row()
                 yield from self._look("running")
         except GeneratorExit:
@@ -183,8 +184,10 @@ class Pool:
                 yield Ended(images, rejected)
         engines = tuple(self._facts(name, known, state) for name, known in found["engines"].items())
         yield Pulse(engines, found["waiting"], found["running"])
+        if left := found["waiting"] + found["running"]:
+            self._left = self._answered
         if state == "running":
-            self._check_enough(engines, found["waiting"] + found["running"])
+            self._check_enough(engines, left)
 
     def _check_enough(self, engines: Sequence[EngineFacts], shards: int) -> None:
         """Give up with too few engines for too long."""

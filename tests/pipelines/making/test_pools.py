@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from diffray.model.errors import JobError
+from diffray.pipelines.making import pools
 from diffray.pipelines.making.board import Board
 from diffray.pipelines.making.pools import Ended, Pool, Pulse
 
@@ -89,3 +90,28 @@ def test_what_is_committed_while_a_pool_stops_is_told_before_the_reason(
     assert isinstance(told[-1], Pulse)
     [engine] = told[-1].engines
     assert (engine.state, engine.reading.images, engine.reading.busy) == ("finished", 5, 3.0)
+
+
+def test_a_pool_does_not_wait_for_ever_for_an_engine_that_hangs_when_all_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda result, timeout=None: result)
+    monkeypatch.setattr(pools, "PATIENCE", 0.5)
+    handle, ends = Handle(Board([0], 1)), threading.Event()
+
+    class Hanging(Turns):
+        def iter_rows(self) -> Iterator[dict[str, Any]]:
+            self.handle.closed.set()
+            yield from super().iter_rows()
+            ends.wait(30)
+
+    pool = Pool(Hanging(handle, None), handle, model="m", share=1.0, least=1, patience=100.0)  # type: ignore[arg-type]
+    told: list[Ended | Pulse] = []
+    listening = threading.Thread(target=listen, args=(pool, told), daemon=True)
+    listening.start()
+    listening.join(15)
+    assert not listening.is_alive()
+    ends.set()
+    assert [event for event in told if isinstance(event, Ended)] == [Ended(4, 1)]
