@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from diffray.model.errors import JobConflict, JobError
 
@@ -110,6 +111,7 @@ class Worker:
         self._ended = 0
         self._making: dict[int, asyncio.Future[Any]] = {}
         self._returned: set[int] = set()
+        self._calls: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()
         self._lock = SharedLock()
         model_config = models.config(task.model)
         plan = read_plan(store)
@@ -145,6 +147,11 @@ class Worker:
         Raises:
             WorkerBroken: the process is not to be trusted any more.
         """
+        # Ray repeats a call whose engine it could not reach for a moment, although the first one may still run.
+        async with self._calls.setdefault(number, asyncio.Lock()):
+            return await self._make(number)
+
+    async def _make(self, number: int) -> Commit | None:
         if await asyncio.to_thread(self._store.exists, commit_path(number)):
             return await asyncio.to_thread(read_commit, self._store, number)
         began = time.time()

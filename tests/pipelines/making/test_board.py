@@ -121,6 +121,24 @@ def test_a_dead_process_frees_its_shards_and_its_waiting_turns_take_none(place: 
     assert asyncio.run(every()) == {0, 1}
 
 
+def test_a_turn_that_is_repeated_while_its_first_call_still_runs_makes_nothing_twice(
+    place: Place, actor: Any
+) -> None:
+    """Ray does that when an engine lives but could not be reached for a moment."""
+
+    async def every() -> dict[str, Any]:
+        task, store = planned(place, "prompt,n\nSLOW p,4\n", shards={"images": 4})
+        posted = Posted(Board([0], 1))
+        engine = actor(task, store, FakeModels(), posted)
+        assert await asyncio.gather(take_turn(engine, 0), take_turn(engine, 0)) == [[None], [None]]
+        assert committed(store) == {0}
+        return await posted.board.look(0.0, 0)
+
+    found = asyncio.run(every())
+    assert (found["waiting"], found["running"]) == (0, 0)
+    assert len(place.begun()) == 4
+
+
 @pytest.mark.slow
 def test_an_idle_engine_gets_the_shard_of_a_slow_one(place: Place, actor: Any) -> None:
     async def every() -> dict[str, Any]:
