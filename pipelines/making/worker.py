@@ -154,7 +154,7 @@ class Worker:
     async def _make(self, number: int) -> Commit | None:
         if await asyncio.to_thread(self._store.exists, commit_path(number)):
             return await asyncio.to_thread(read_commit, self._store, number)
-        began = time.time()
+        began, worked = time.time(), time.monotonic()
         self.tally.begin(number)
         self._making[number] = asyncio.ensure_future(self._made(number))
         try:
@@ -169,7 +169,7 @@ class Worker:
                     outcomes,
                     self._output,
                     timings,
-                    self._origin.during(began, time.time()),
+                    self._origin.during(began, began + time.monotonic() - worked),  # clocks are set
                 )
         except asyncio.CancelledError:
             if number not in self._returned:

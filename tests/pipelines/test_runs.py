@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,3 +115,13 @@ def test_a_stopped_run_says_why_and_the_next_has_a_record_of_its_own(place: Plac
     stopped, finished = read_runs(Store(config.output))
     assert (stopped["outcome"], stopped["error"]) == ("stopped", "RuntimeError: no more power")
     assert (finished["run"], finished["outcome"], finished["images"]) == (2, "finished", 5)
+
+
+def test_a_clock_that_is_set_back_takes_no_time_away(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = itertools.count(1_800_000_000, -3600)
+    clock = SimpleNamespace(time=lambda: next(hours), monotonic=time.monotonic)
+    monkeypatch.setattr("diffray.pipelines.making.worker.time", clock)
+    place.job(place.write("prompt\np\n"))
+    report = json.loads((place.path / "out/report.json").read_text())
+    assert 0 < report["seconds"] < 60
+    assert report["images_per_second"] > 0
