@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import StorageError
-from diffray.pipelines import JobConfig, Store, verify
+from diffray.pipelines import JobConfig, Store, collect, repair, retry_rejected, verify
 from diffray.pipelines.planning.plan import read_shard
 from diffray.pipelines.runs import RUNS
 from tests.pipelines.conftest import Place
 from tests.pipelines.crashes import Crash, CrashingStore, in_turn
+from tests.pipelines.fake import FakeModels
 from tests.pipelines.s3 import S3
 
 TABLE = "prompt,width\np,\nPOISON,\nbad,x\nq,\n"
@@ -132,9 +133,6 @@ def test_at_every_storage_call_of_a_growing_job(place: Place) -> None:
 
 @pytest.mark.slow
 def test_at_every_storage_call_of_a_retry(place: Place) -> None:
-    from diffray.pipelines import retry_rejected
-    from tests.pipelines.fake import FakeModels
-
     def run(name: str, store: Store | None = None, **more: bool) -> None:
         output = str(place.path / name)
         retry_rejected(output, models=FakeModels(), store=store, generate=in_turn, **more)
@@ -172,3 +170,33 @@ def test_at_every_storage_call_of_making_pages_again(place: Place) -> None:
         place.run(job(place, name, **before), generate=in_turn, take_over=True)
         assert place.bytes(name) == place.bytes("clean"), f"call {at}"
         shutil.rmtree(place.path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["data/part-00000.parquet", "_diffray/commits/00000.json"])
+def test_at_every_storage_call_of_a_repair_and_of_cleaning(place: Place, victim: str) -> None:
+    """Of a dataset whose rejected rows ran again already; what is orphaned meanwhile is collected."""
+    place.run(job(place, "clean"), generate=in_turn)
+    retry_rejected(str(place.path / "clean"), models=FakeModels(), generate=in_turn)
+    clean = place.bytes("clean")
+
+    def damaged(name: str) -> str:
+        shutil.copytree(place.path / "clean", place.path / name)
+        (place.path / name / victim).write_bytes(b"ruin")
+        return str(place.path / name)
+
+    def care(store: Store) -> None:
+        repair(store, take_over=True)
+        collect(store, 0, take_over=True)
+
+    counting = CrashingStore(damaged("counted"), -1, False)
+    care(counting)
+    for at in range(1, counting.calls + 1):
+        output = damaged(name := f"crashed{at}")
+        with pytest.raises(Crash):
+            care(CrashingStore(output, at, at % 2 == 0))
+        care(Store(output))
+        place.run(job(place, name), generate=in_turn, take_over=True)
+        assert place.bytes(name) == clean, f"call {at}"
+        assert verify(Store(output)).faults == (), f"call {at}"
+        shutil.rmtree(output)
