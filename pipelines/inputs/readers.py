@@ -36,7 +36,7 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Sourc
     """Rows of a CSV file.
 
     Raises:
-        InvalidJob: the header is not usable.
+        InvalidJob: the header is not usable, or a cell has no end that can be found.
     """
     # surrogateescape keeps undecodable bytes inside their own cell, so that only their row is lost.
     lines = (line.decode("utf-8", "surrogateescape") for line in _lines(file, name))
@@ -56,6 +56,11 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Sourc
             return
         except csv.Error as error:
             until = f" to {reader.line_num}" if reader.line_num > line else ""
+            if until and "field larger" in str(error):  # what follows may be the rest of the cell as well as rows
+                most = f"{csv.field_size_limit():,} characters"
+                raise InvalidJob(
+                    f"input {name}: line {line}{until}: a cell in quotes has more than {most}"
+                ) from None
             yield SourceRow(name, line, problem=f"line {line}{until} is no CSV record: {error}")
             continue
         if not cells:

@@ -242,6 +242,17 @@ def test_webdataset_tars(place: Place) -> None:
     assert "b.json" in bad["reason"]
 
 
+def test_a_cell_without_an_end_is_refused_and_one_that_is_too_long_costs_its_row(place: Place) -> None:
+    """After the first nobody knows which lines are rows; a line of the second's is the whole row."""
+    long = place.write(f"prompt,label\na,{'x' * 200_000}\nb,y\n", "long.csv")
+    assert [bool(row.problem) for row in Source(long).rows()] == [True, False]
+    endless = place.write('prompt,label\na,x\nb,"' + "so it, goes on\n" * 20_000, "endless.csv")
+    with pytest.raises(
+        InvalidJob, match=r"endless.csv: line 3 to \d+: a cell in quotes has more than 131,072"
+    ):
+        list(Source(endless).rows())
+
+
 @pytest.mark.parametrize("codec", ["gz", "bz2", "xz", "zst"])
 def test_packed_tables(place: Place, codec: str) -> None:
     lines = "".join(f'{{"prompt": "p{i}", "code": "{i * 2654435761 % 2**32}"}}\n' for i in range(20_000))
