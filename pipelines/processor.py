@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-import pickle
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import date, time, timedelta
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 from pydantic import Field
@@ -29,6 +24,7 @@ from diffray.model.request import ImageRequest
 
 from .checks import Checks
 from .config import Encoding, InvalidJob, ModelOptions, Pictures, Strict
+from .hashing import content_checksum
 from .inputs.pictures import fitted, picture
 from .inputs.values import REQUEST_COLUMNS, request_from
 from .making.models import Models
@@ -245,39 +241,7 @@ class Generator:
             if values.get("seed") is not None:
                 return values["seed"]
         name = row.get("id")
-        return derived_seed(self._config.seed, _content(row) if name in (None, "") else str(name))
-
-
-def _content(row: Row) -> str:
-    """A checksum of all that is in a row, whatever the order of its columns; one without a value says nothing."""
-    return hashlib.sha256(json.dumps(_canonical(row)).encode()).hexdigest()
-
-
-def _canonical(value: Any) -> Any:
-    """What stands for a value in JSON: the same for equal ones, whether Arrow, numpy or Python made
-    them. 5 and 5.0 are equal, since a gap elsewhere in a column turns one into the other.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return dict(sorted((str(name), _canonical(own)) for name, own in value.items() if own is not None))
-    if isinstance(value, (list, tuple)):
-        return [_canonical(own) for own in value]
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        return _canonical(value.tolist())
-    if isinstance(value, np.ndarray):
-        return {
-            "array": [str(value.dtype), *value.shape],
-            "sha256": hashlib.sha256(value.tobytes()).hexdigest(),
-        }
-    if isinstance(value, (date, time, timedelta, Decimal)):
-        return {"text": str(value)}
-    data = value if isinstance(value, bytes) else pickle.dumps(value, protocol=5)
-    return {"sha256": hashlib.sha256(data).hexdigest()}
+        return derived_seed(self._config.seed, content_checksum(row) if name in (None, "") else str(name))
 
 
 def _schema(scores: Mapping[str, pa.DataType]) -> pa.Schema:

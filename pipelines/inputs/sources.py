@@ -19,7 +19,7 @@ from diffray.model.request import ImageRequest
 
 from ..config import JobConfig
 from ..outputs.schemas import SOURCE_COLUMN, digest_of
-from ..planning.rows import PlannedImage
+from ..planning.image import PlannedImage
 from ..planning.tasks import KINDS
 from .blobs import Blobs
 from .frames import Frame, kept

@@ -23,7 +23,7 @@ from ..inputs.sources import Ready, Sources
 from ..outputs.index import thumbnail
 from ..outputs.parts import Made, Outcome, Rejected
 from ..outputs.sample import Sample
-from ..planning.rows import PlannedImage
+from ..planning.image import PlannedImage
 from .models import OpenModel
 from .scores import Examiner, Refused, broken
 from .tally import ENCODE, ENGINE, TEXT, Tally

@@ -28,8 +28,8 @@ from ..outputs.parts import Made, Outcome, Output, Rejected
 from ..outputs.sample import Sample
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
+from ..planning.image import PlannedImage
 from ..planning.plan import picture_folders, read_plan, read_shard
-from ..planning.rows import PlannedImage
 from .attempts import Attempts
 from .images import Maker
 from .images import WorkerBroken as WorkerBroken

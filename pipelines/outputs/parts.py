@@ -29,7 +29,7 @@ import pyarrow as pa
 from diffray.model.request import ImageRequest
 
 from ..inputs.values import as_text
-from ..planning.rows import PlannedImage
+from ..planning.image import PlannedImage
 from .index import index_part, index_path
 from .schemas import FRAME, digest_of
 from .tables import data_row, data_schema, parquet, rejected_row, rejected_schema

@@ -20,7 +20,7 @@ from diffray.model.request import ImageRequest
 from ..inputs.carried import FEATURE
 from ..inputs.references import Reference, StructReference, is_blob
 from ..inputs.values import REQUEST_COLUMNS, as_text
-from ..planning.rows import PlannedImage
+from ..planning.image import PlannedImage
 from .schemas import ID, IMAGE, LATENTS, MADE, PLACE, PLAN, VERDICT
 
 ROW_GROUP = 100

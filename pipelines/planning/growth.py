@@ -26,8 +26,8 @@ from ..outputs.commit import SUCCESS
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
 from .hashes import ImageHashes
+from .image import PlannedImage
 from .plan import UNSTARTED, Plan, folders, planned, read_shard, record_plan, stamps_of, write_shards
-from .rows import PlannedImage
 from .stamping import stamped
 
 BATCH = 1000

@@ -27,7 +27,8 @@ from ..inputs.source import Source
 from ..inputs.stamps import Stamps
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard, source_stamps
-from .rows import PlannedImage, RowRules
+from .image import PlannedImage
+from .rows import RowRules
 from .stamping import stamped
 from .survey import Survey
 

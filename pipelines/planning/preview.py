@@ -18,9 +18,9 @@ from ..making.models import Models
 from ..outputs.commit import committed
 from ..outputs.fingerprint import check, fingerprint, refuse_entangled, refuse_foreign
 from ..outputs.store import Store
+from .image import PlannedImage
 from .plan import cut, planned, read_plan, stamps_of
 from .replaced import check_sources
-from .rows import PlannedImage
 
 REASONS = 5
 """Rejected rows that are shown."""

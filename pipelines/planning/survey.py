@@ -14,7 +14,8 @@ from ..inputs.columns import COUNT_COLUMNS, Reading, content_hash
 from ..inputs.source import Source
 from ..outputs.schemas import SOURCE_COLUMN
 from .hashes import RowHashes
-from .rows import PlannedImage, RowRules
+from .image import PlannedImage
+from .rows import RowRules
 
 SHOWN = 5
 """Duplicate ids that a message names, and places of each."""

@@ -31,8 +31,8 @@ from ..outputs.lock import Lock
 from ..outputs.parts import OWN
 from ..outputs.store import SCRATCH, Store, side_by_side
 from ..outputs.tables import PlanShard
+from ..planning.image import PlannedImage
 from ..planning.plan import Plan, read_plan, read_plans, read_shard, record_plan, shard_path, write_shards
-from ..planning.rows import PlannedImage
 from ..planning.stamping import stamped
 from ..progress import Progress, Silent
 from ..runs import last_workers, read_runs

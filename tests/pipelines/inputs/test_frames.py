@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffray.pipelines.inputs.sources import Sources
-from diffray.pipelines.planning.rows import PlannedImage
+from diffray.pipelines.planning.image import PlannedImage
 from diffray.pipelines.planning.tasks import KINDS
 
 from .. import fake
