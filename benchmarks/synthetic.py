@@ -16,8 +16,8 @@ from PIL import Image
 
 from diffray.model.request import ImageRequest
 from diffray.model.tickets import Result
-from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making.models import Models, OpenModel
+from diffray.pipelines.options import ModelOptions
 
 
 class SyntheticTicket:

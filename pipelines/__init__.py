@@ -9,11 +9,12 @@ Read `job.py` first.
 
 from . import arrival  # noqa: F401  first of all, it takes the time
 from .checks import Checks, Scorer
-from .config import Between, Encoding, InvalidJob, JobConfig, ModelOptions, ShardLimits, Workers
+from .config import InvalidJob, JobConfig
 from .inputs.values import request_from
 from .job import JobResult, run
 from .making.models import Models, OpenModel
 from .making.pools import Pulse
+from .options import Between, Encoding, ModelOptions, ShardLimits, Workers
 from .outputs.store import Store
 from .planning.preview import Preview, preview
 from .processor import Processor, ProcessorConfig, build_processor

@@ -1,4 +1,4 @@
-"""Hashes: of texts, by which rows and images are compared and drawn, seeds derived and prompts spread; of whole rows."""
+"""Hashes of texts, by which rows and images are compared and drawn, seeds derived and prompts spread, and of rows."""
 
 from __future__ import annotations
 

@@ -23,12 +23,13 @@ from diffray.model.errors import DiffrayError, InvalidRequest
 from diffray.model.request import ImageRequest
 
 from .checks import Checks
-from .config import Encoding, InvalidJob, ModelOptions, Pictures, Strict
+from .config import InvalidJob, Strict
 from .hashing import content_checksum
 from .inputs.pictures import fitted, picture
 from .inputs.values import REQUEST_COLUMNS, request_from
 from .making.models import Models
 from .making.scores import Examiner, broken
+from .options import Encoding, ModelOptions, Pictures
 from .planning.rows import derived_seed
 from .planning.tasks import KINDS, PICTURE_FIELDS
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from diffray.model.errors import StorageError
 
-from .config import Workers
 from .making.pools import EngineFacts, Pulse
+from .options import Workers
 from .outputs.store import Store
 
 RUNS = "_diffray/runs"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Pictures
+from ..options import Pictures
 
 
 @dataclass(frozen=True, slots=True)

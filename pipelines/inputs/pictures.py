@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from diffray.model.errors import InvalidRequest
 
-from ..config import Pictures
+from ..options import Pictures
 from .frames import kept
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")

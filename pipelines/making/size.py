@@ -7,7 +7,7 @@ from typing import Any
 
 from diffray.model.errors import JobError
 
-from ..config import Workers
+from ..options import Workers
 
 CORES_PER_ENGINE = 8
 """On CPU one engine gains little from more cores than this."""

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffray.model.errors import DiffrayError, GenerationError, JobConflict, JobError
 
-from ..config import ModelOptions
 from ..hashing import text_hash
 from ..metrics import PromptMeter
+from ..options import ModelOptions
 from ..outputs.fingerprint import check_versions
 from ..outputs.store import Store
 from .models import Models, TextFacts, shown_name

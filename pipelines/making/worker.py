@@ -19,8 +19,9 @@ from weakref import WeakValueDictionary
 
 from diffray.model.errors import JobConflict, JobError
 
-from ..config import JobConfig, ModelOptions
+from ..config import JobConfig
 from ..inputs.sources import Sources, source_columns
+from ..options import ModelOptions
 from ..outputs.commit import Commit, Origin, commit_path, read_commit, write_commit
 from ..outputs.fingerprint import check_versions
 from ..outputs.lock import check_owner

@@ -22,9 +22,10 @@ import pyarrow as pa
 from diffray.model.config import ModelConfig
 from diffray.model.errors import JobConflict
 
-from ..config import InvalidJob, JobConfig, ShardLimits
+from ..config import InvalidJob, JobConfig
 from ..inputs.source import Source
 from ..inputs.stamps import Stamps
+from ..options import ShardLimits
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard, source_stamps
 from .image import PlannedImage

@@ -22,8 +22,9 @@ from typing import Any
 
 from diffray.model.errors import InvalidRequest
 
-from ..config import InvalidJob, Range
+from ..config import InvalidJob
 from ..inputs.references import Reference
+from ..options import Range
 
 MAX_VARIANTS = 10_000
 

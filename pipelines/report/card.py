@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from huggingface_hub import DatasetCardData
 
-from ..config import JobConfig, Range, Task
+from ..config import JobConfig, Task
+from ..options import Range
 from .account import Refusals
 from .charts import NAME as CHARTS
 from .duplicates import NAME as DUPLICATES

@@ -21,8 +21,8 @@ from PIL import Image
 from diffray.model.config import Defaults, ModelConfig, NoiseConfig, UNetConfig, VAEConfig
 from diffray.model.errors import GenerationError
 from diffray.model.request import ImageRequest
-from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making.models import Models, OpenModel
+from diffray.pipelines.options import ModelOptions
 
 CONFIG = ModelConfig(
     family="sd1",

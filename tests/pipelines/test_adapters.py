@@ -19,8 +19,8 @@ from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import encode_image
 from diffray.model.errors import CheckpointError, JobConflict
 from diffray.pipelines import InvalidJob, JobConfig, retry_rejected
-from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making.models import Models
+from diffray.pipelines.options import ModelOptions
 
 from .conftest import Place, in_process
 from .fake import FakeEngine, FakeModels

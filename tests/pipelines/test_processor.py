@@ -17,9 +17,9 @@ from diffray.model.errors import GenerationError, InvalidRequest
 from diffray.model.judges.checks import measure
 from diffray.model.request import ImageRequest
 from diffray.pipelines import Checks, InvalidJob, ProcessorConfig, build_processor
-from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making.scores import Examiner
-from diffray.pipelines.processor import ERROR, Generator, _content
+from diffray.pipelines.options import ModelOptions
+from diffray.pipelines.processor import ERROR, Generator
 
 from .fake import FakeModels
 
@@ -124,21 +124,6 @@ def test_tensors_are_columns_like_others(dtype: str) -> None:
         return asyncio.run(made())[0]["seed"][0].as_py()
 
     assert stage(1) == stage(1) != stage(2)
-
-
-def test_whole_numbers_of_numpy_are_those_of_python() -> None:
-    plain = {"a": 3, "b": 0.25, "c": [1, 2], "d": True, "e": "x"}
-    odd = {
-        "a": np.int32(3),
-        "b": np.float64(0.25),
-        "c": np.array([1, 2], object),
-        "d": np.True_,
-        "e": np.str_("x"),
-    }
-    assert _content(plain) == _content(odd)
-    assert _content({"a": float("nan")}) == _content({"a": np.float32("nan")}) != _content({})
-    assert _content({"a": Image.new("L", (2, 2), 3)}) == _content({"a": Image.new("L", (2, 2), 3)})
-    assert _content({"a": Image.new("L", (2, 2), 3)}) != _content({"a": Image.new("L", (2, 2), 4)})
 
 
 BAD = [{"prompt": "p", "steps": 2}, {"prompt": "POISON", "steps": 2}, {"prompt": "q", "steps": -1}]

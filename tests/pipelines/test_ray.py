@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from diffray.model.errors import CheckpointError
-from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making.actors import generate_on_ray
 from diffray.pipelines.making.models import Models, OpenModel
+from diffray.pipelines.options import ModelOptions
 
 from .conftest import Place
 from .fake import FakeModels

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from diffray.model.errors import InvalidRequest
-from diffray.pipelines.config import Pictures
 from diffray.pipelines.inputs.pictures import fitted, picture
+from diffray.pipelines.options import Pictures
 
 from ..conftest import Place
 from ..pictures import data

@@ -8,9 +8,10 @@ import pytest
 
 from diffray.model.errors import JobError
 from diffray.pipelines import JobConfig, Workers
-from diffray.pipelines.config import Between, InvalidJob
+from diffray.pipelines.config import InvalidJob
 from diffray.pipelines.making import size as sizes
 from diffray.pipelines.making.size import Size
+from diffray.pipelines.options import Between
 
 GPUS = {"GPU": 4.0, "CPU": 64.0}
 CPUS = {"CPU": 16.0}

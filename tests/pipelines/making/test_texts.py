@@ -22,13 +22,13 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from diffray.model import load_model
 from diffray.model.errors import CheckpointError, GenerationError, InvalidRequest, JobConflict, JobError
 from diffray.pipelines import InvalidJob, JobConfig, Store
-from diffray.pipelines.config import ModelOptions
 from diffray.pipelines.making import texts
 from diffray.pipelines.making.actors import generate_on_ray
 from diffray.pipelines.making.models import Models, OpenTexts, TextFacts
 from diffray.pipelines.making.pools import EngineFacts, Pulse
 from diffray.pipelines.making.texts import Answer, TextActor, Texts
 from diffray.pipelines.making.worker import Share, Task, Worker
+from diffray.pipelines.options import ModelOptions
 from diffray.pipelines.outputs.commit import committed
 from diffray.pipelines.runs import prompts, read_runs
 
