@@ -104,11 +104,11 @@ def run(
         plan = read_plan(store)
         if plan is None:
             record(store, mine)
-            plan = write_plan(store, config, model_configs, source, files)
+            plan = write_plan(store, config, model_configs, source, files, lock.run)
         else:
             check(store, mine)  # another driver may have planned it while this one waited
             if plan.input != files:
-                plan = grow(store, config, model_configs, source, files, plan)
+                plan = grow(store, config, model_configs, source, files, plan, lock.run)
         if not is_shown(store, mine):
             store.remove(SUCCESS)  # half-made pages are made again, whatever config comes next
             record_pages(store, mine)

@@ -41,11 +41,14 @@ def grow(
     source: Source,
     files: Sequence[Mapping[str, Any]],
     plan: Plan,
+    run: int,
 ) -> Plan:
-    """Plan what is new in the input, whose fingerprint was `files`; returns the plan that covers all of it.
+    """Plan what is new in the input, whose fingerprint was `files`, in run number `run` of the job; returns the plan
+    that covers all of it.
 
     Raises:
-        JobConflict: a planned image is gone from the input or would be another one now; names it.
+        JobConflict: a planned image is gone from the input or would be another one now; names it. Or a newer driver
+            owns the output.
         InvalidJob: the input as a whole is unusable, or it changed while it was read.
         TooManyRejected: the larger plan alone rejects more than the job allows; nothing is recorded.
     """
@@ -58,7 +61,7 @@ def grow(
         raise JobConflict(f"{store.url}: the input's columns changed: {'; '.join(changes) or 'their order'}")
     known = _Known(store, plan, config, _changed_files(plan.input, files))
     new = stamped(known.unseen(_stored(images, user)), config, stamps_of(config, source))
-    wrote = write_shards(store, new, user, config.shards, plan.shards)
+    wrote = write_shards(store, new, user, config.shards, run, plan.shards)
     known.check()
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")

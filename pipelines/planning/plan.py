@@ -26,6 +26,7 @@ from ..config import InvalidJob, JobConfig
 from ..inputs.source import Source
 from ..inputs.stamps import Stamps
 from ..options import ShardLimits
+from ..outputs.lock import check_owner
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard, source_stamps
 from .image import PlannedImage
@@ -155,17 +156,19 @@ def write_plan(
     models: Mapping[str, ModelConfig],
     source: Source,
     files: Sequence[Mapping[str, Any]],
+    run: int,
 ) -> Plan:
-    """Survey the input, whose fingerprint was `files`, and write the whole plan.
+    """Survey the input, whose fingerprint was `files`, and write the whole plan in run number `run` of the job.
 
     Raises:
+        JobConflict: a newer driver owns the output.
         InvalidJob: the input as a whole is unusable (no prompt column, duplicate ids, ...), or it changed
             while it was read.
         TooManyRejected: the plan alone rejects more than the job allows; nothing is recorded.
     """
     survey, images = planned(config, models, source)
     images = stamped(images, config, stamps_of(config, source))
-    wrote = write_shards(store, images, survey.user.schema, config.shards)
+    wrote = write_shards(store, images, survey.user.schema, config.shards, run)
     if source.fingerprint() != files:
         raise InvalidJob("the input changed while it was read; run again when it is complete")
     config.check_rejected(wrote.rejected, wrote.images, UNSTARTED)
@@ -216,15 +219,25 @@ class Written:
 
 
 def write_shards(
-    store: Store, images: Iterator[PlannedImage], user: pa.Schema, limits: ShardLimits, first: int = 0
+    store: Store,
+    images: Iterator[PlannedImage],
+    user: pa.Schema,
+    limits: ShardLimits,
+    run: int,
+    first: int = 0,
 ) -> Written:
-    """Cut images into shards and write them, numbered from `first`."""
+    """Cut images into shards and write them, numbered from `first`.
+
+    Raises:
+        JobConflict: a newer driver than that of run number `run` owns the output.
+    """
     count = rejected = shards = stamps = 0
     models: dict[str, list[int]] = {}
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="plan") as pool:
         waiting: deque[Future[None]] = deque()
         for members in cut(images, limits):
-            waiting.append(pool.submit(_write_shard, store, first + shards, PlanShard(tuple(members), user)))
+            shard = PlanShard(tuple(members), user)
+            waiting.append(pool.submit(_write_shard, store, first + shards, shard, run))
             if len(waiting) > WRITERS:
                 waiting.popleft().result()
             count += len(members)
@@ -238,8 +251,12 @@ def write_shards(
     return Written(count, rejected, shards, models, stamps)
 
 
-def _write_shard(store: Store, number: int, shard: PlanShard) -> None:
-    store.write(shard_path(number), shard.to_parquet())
+def _write_shard(store: Store, number: int, shard: PlanShard, run: int) -> None:
+    data = shard.to_parquet()
+    check_owner(
+        store, run
+    )  # a driver that was taken over while it planned must not replace the plan of the next
+    store.write(shard_path(number), data)
 
 
 def cut(images: Iterator[PlannedImage], limits: ShardLimits) -> Iterator[list[PlannedImage]]:

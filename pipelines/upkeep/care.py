@@ -184,12 +184,12 @@ def retry_rejected(
         if missing:
             _stamp_again(store, config, plan, missing)
         else:
-            plan = _plan_again(store, config, plan)
+            plan = _plan_again(store, config, plan, lock.run)
         made = complete(config, lock, store, models, plan, progress, generate)
     return result(store, config, plan, made, started)
 
 
-def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
+def _plan_again(store: Store, config: JobConfig, plan: Plan, run: int) -> Plan:
     """The plan with all rejected rows once more at its end."""
     images = _rejected(store, plan)
     first = next(images, None)
@@ -198,7 +198,7 @@ def _plan_again(store: Store, config: JobConfig, plan: Plan) -> Plan:
     user = read_shard(store, 0).user
     stamps = Stamps(plan.pictures, config.storage_options)
     images = stamped(chain([first], images), config, stamps)  # a source may have been put right since
-    wrote = write_shards(store, images, user, config.shards, plan.shards)
+    wrote = write_shards(store, images, user, config.shards, run, plan.shards)
     again = replace(plan.extended(wrote), retried=plan.shards)
     store.remove(SUCCESS)
     record_plan(store, again)

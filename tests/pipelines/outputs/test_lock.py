@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from diffray.model.errors import JobConflict, StorageError
-from diffray.pipelines import JobConfig, Store, job_status
+from diffray.pipelines import JobConfig, Store, job_status, verify
 from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.worker import Share
 from diffray.pipelines.outputs import lock
+from diffray.pipelines.outputs.fingerprint import JOB
 from diffray.pipelines.outputs.lock import Lock
 
 from ..conftest import Place, in_process
@@ -205,6 +206,24 @@ def test_a_driver_that_was_taken_over_commits_nothing(place: Place) -> None:
     with pytest.raises(JobConflict, match="run 1 of the job was taken over by run 2"):
         place.run(place.config(place.write(TABLE)), generate=overtaken)
     assert not list((place.path / "out/_diffray/commits").glob("*"))
+
+
+def test_a_driver_that_was_taken_over_while_it_planned_leaves_the_plan_of_the_next_alone(
+    place: Place,
+) -> None:
+    first = place.config(place.write("prompt\na\nb\nc\nd\n", "first.csv"))
+    second = place.config(place.write("prompt\nw\nx\ny\nz\n", "second.csv"))
+
+    class Overtaken(Store):
+        def write(self, name: str, data: bytes) -> None:
+            super().write(name, data)
+            if name == JOB:  # what comes next is the plan
+                place.run(second, take_over=True)
+
+    with pytest.raises(JobConflict, match="run 1 of the job was taken over by run 2"):
+        place.run(first, store=Overtaken(first.output))
+    assert verify(Store(first.output)).faults == ()
+    assert {row["prompt"] for row in place.rows()} == {"w", "x", "y", "z"}
 
 
 def test_run_one_hundred_thousand_is_newer_than_the_one_before(tmp_path: Path) -> None:
