@@ -32,7 +32,7 @@ from .outputs.fingerprint import (
     refuse_entangled,
     refuse_foreign,
 )
-from .outputs.lock import Lock
+from .outputs.lock import Lock, check_owner
 from .outputs.store import Store
 from .planning.growth import grow
 from .planning.plan import Plan, read_plan, stamps_of, write_plan
@@ -129,6 +129,7 @@ def complete(
     done = committed(store)
     pending = [shard for shard in range(plan.shards) if shard not in done]
     _generate(config, lock, store, models, plan, pending, progress, generate)
+    check_owner(store, lock.run)
     finish(store, config, plan)
     return len(pending)
 

@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -224,6 +225,18 @@ def test_a_driver_that_was_taken_over_while_it_planned_leaves_the_plan_of_the_ne
         place.run(first, store=Overtaken(first.output))
     assert verify(Store(first.output)).faults == ()
     assert {row["prompt"] for row in place.rows()} == {"w", "x", "y", "z"}
+
+
+def test_a_driver_that_was_taken_over_after_its_last_shard_writes_no_pages(place: Place) -> None:
+    table = place.write(TABLE)
+
+    def overtaken(*arguments: Any) -> Iterator[tuple[int, int]]:
+        yield from in_process(*arguments)
+        place.run(place.config(table, license="mit"), take_over=True)
+
+    with pytest.raises(JobConflict, match="run 1 of the job was taken over by run 2"):
+        place.run(place.config(table, license="apache-2.0"), generate=overtaken)
+    assert "license: mit" in (place.path / "out/README.md").read_text()
 
 
 def test_run_one_hundred_thousand_is_newer_than_the_one_before(tmp_path: Path) -> None:
