@@ -56,9 +56,8 @@ def read_csv(file: IO[bytes], name: str, delimiter: str = ",") -> Iterator[Sourc
             return
         except csv.Error as error:
             until = f" to {reader.line_num}" if reader.line_num > line else ""
-            if until and "field larger" in str(
-                error
-            ):  # what follows may be the rest of the cell as well as rows
+            if until and "field larger" in str(error):
+                # What follows may be the rest of the cell as well as rows.
                 most = f"{csv.field_size_limit():,} characters"
                 raise InvalidJob(
                     f"input {name}: line {line}{until}: a cell in quotes has more than {most}"
