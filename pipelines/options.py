@@ -45,6 +45,11 @@ class Encoding(Strict):
     latents: Literal["float16", "float32"] = "float16"
     """Of task `encode`: the type of the numbers."""
 
+    @property
+    def extension(self) -> str:
+        """The ending of an image file's name, without the dot."""
+        return {"jpeg": "jpg"}.get(self.format, self.format)
+
 
 class Range(Strict):
     """Evenly spaced numbers of a sweep, both ends included."""

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 from diffray.model.errors import JobConflict, JobError
 
 from ..config import JobConfig
-from ..inputs.sources import Sources, source_columns
+from ..inputs.sources import Sources
 from ..options import ModelOptions
 from ..outputs.commit import Commit, Origin, commit_path, read_commit, write_commit
 from ..outputs.fingerprint import check_versions
@@ -34,7 +34,7 @@ from ..planning.plan import picture_folders, read_plan, read_shard
 from .attempts import Attempts
 from .images import Maker
 from .images import WorkerBroken as WorkerBroken
-from .models import Models, OpenModel
+from .models import Models
 from .scores import Examiner
 from .shared_lock import SharedLock
 from .tally import STORE, Meter, Tally
@@ -120,7 +120,7 @@ class Worker:
         name = task.config.name_of(task.model)
         self._record = f"_diffray/model-{sorted(task.config.models).index(name)}.json" if name else MODEL
         self._examiner = Examiner(task.config.checks)
-        self._output = _output(task.config, name, self._model, self._examiner)
+        self._output = Output.of(task.config, name or self._model.name, self._model.checksum)
         self._maker = Maker(
             task.config,
             self._model,
@@ -247,20 +247,6 @@ class Worker:
             lines = [f"  model.{k}: {recorded.get(k)} -> {mine.get(k)}" for k in odd]
             self.close()
             raise JobConflict("\n".join(["this worker's model is not the one the job began with:", *lines]))
-
-
-def _output(config: JobConfig, name: str, model: OpenModel, examiner: Examiner) -> Output:
-    """What the parts of a worker's shards share."""
-    encoding = config.encoding
-    return Output(
-        {"jpeg": "jpg"}.get(encoding.format, encoding.format),
-        encoding.layout,
-        name or model.name,
-        model.checksum,
-        encoding.metadata,
-        examiner.columns,
-        tuple(source_columns(config).values()),
-    )
 
 
 @asynccontextmanager

@@ -28,7 +28,10 @@ import pyarrow as pa
 
 from diffray.model.request import ImageRequest
 
+from ..config import JobConfig
+from ..inputs.sources import source_columns
 from ..inputs.values import as_text
+from ..making.scores import columns
 from ..planning.image import PlannedImage
 from .index import index_part, index_path
 from .schemas import FRAME, digest_of
@@ -98,6 +101,13 @@ class Output:
     scores: Mapping[str, pa.DataType] = field(default_factory=dict)
     sources: Sequence[str] = ()
     """Columns that refer to sources, where the input has them."""
+
+    @classmethod
+    def of(cls, config: JobConfig, model: str = "", model_checksum: str = "") -> Output:
+        """That of a job; without a model only the columns can be told by it."""
+        own = config.encoding
+        scores, sources = columns(config.checks), tuple(source_columns(config).values())
+        return cls(own.extension, own.layout, model, model_checksum, own.metadata, scores, sources)
 
     def table(self, number: int) -> str:
         """The path that holds the rows of a shard's images."""

@@ -169,9 +169,10 @@ class RowRules:
 
     def _check_plain(self, given: Mapping[str, Any], variant: Variant) -> None:
         """Refuse bytes that stay in the input where a value of the row is used as it is."""
-        other = {*self.columns.sources, *self.templates, *variant.values}
         for name, value in given.items():
-            if isinstance(value, Reference) and name not in other:
+            if isinstance(value, Reference) and not any(
+                name in other for other in (self.columns.sources, self.templates, variant.values)
+            ):
                 raise InvalidRequest(
                     name, f"got bytes ({value}), allowed is a plain value: make it a column of text"
                 )

@@ -17,9 +17,7 @@ import json
 import pyarrow as pa
 
 from ..config import JobConfig
-from ..inputs.sources import source_columns
 from ..making.models import shown_name
-from ..making.scores import columns as score_columns
 from ..outputs.commit import SUCCESS, archive_retried, proven_totals, read_commits
 from ..outputs.index import Index, read_index
 from ..outputs.parts import Output, score_names, tar_schema
@@ -85,9 +83,7 @@ def _write_pages(
 
 def _members(config: JobConfig, user: pa.Schema) -> pa.Schema | None:
     """What a tar's JSON holds, if the data are tars."""
-    scores, sources = score_columns(config.checks), tuple(source_columns(config).values())
-    output = Output("", config.encoding.layout, "", "", scores=scores, sources=sources)
-    return tar_schema(user, output) if output.layout == "webdataset" else None
+    return tar_schema(user, Output.of(config)) if config.encoding.layout == "webdataset" else None
 
 
 def _is_data(path: str) -> bool:

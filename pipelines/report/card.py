@@ -163,9 +163,8 @@ def _configs(config: JobConfig, totals: Mapping[str, int], duplicates: int | Non
 
 def _features(config: JobConfig, members: pa.Schema) -> list[dict[str, Any]]:
     """The columns of tars by the names and types of `datasets`."""
-    picture = {"jpeg": "jpg"}.get(config.encoding.format, config.encoding.format)
     return [
-        {"name": picture, "dtype": "image"},
+        {"name": config.encoding.extension, "dtype": "image"},
         {"name": "json", "struct": [{"name": field.name, **_feature(field.type)} for field in members]},
         *({"name": name, "dtype": "string"} for name in ("txt", "__key__", "__url__")),
     ]
