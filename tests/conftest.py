@@ -1,17 +1,21 @@
-"""One torch thread per process, on whose number bytes depend; and which tests share a process under `pytest -n 2`.
+"""One torch thread per process, on whose number bytes depend; no usage reports; which tests share a process.
 
-Those of a file do, since they share its servers; and all that start Ray, since two of it at once are slow on a
-small machine.
+Under `pytest -n 2` those of a file do, since they share its servers; and all that start Ray, since two of it at once
+are slow on a small machine.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
+os.environ["RAY_USAGE_STATS_ENABLED"] = (
+    "0"  # tests report nothing, and Ray asks no Prometheus in the background
+)
 torch.set_num_threads(1)
 
 RAY = (
