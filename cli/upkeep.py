@@ -34,7 +34,7 @@ def status(
     with reported(context):
         from diffray.pipelines import job_status
 
-        state = job_status(output, storage=_options(output, storage, endpoint, profile, anonymous))
+        state = job_status(_store(output, storage, endpoint, profile, anonymous))
         if as_json:
             typer.echo(json.dumps({**asdict(state), "ended": state.ended}, indent=2))
             return
@@ -144,13 +144,8 @@ def gc(
         typer.echo(f"{len(found.files)} orphans {'found' if dry_run else 'deleted'}{uploads}")
 
 
-def _options(output: str, *given: Any) -> dict[str, Any]:
-    from diffray.pipelines.config import storage_options
-
-    return storage_options(storage_from(*given), output)
-
-
 def _store(output: str, *given: Any) -> Store:
     from diffray.pipelines import Store
+    from diffray.pipelines.config import storage_options
 
-    return Store(output, _options(output, *given))
+    return Store(output, storage_options(storage_from(*given), output))

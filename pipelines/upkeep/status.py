@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..outputs.commit import committed, is_finished, read_commits, totals
 from ..outputs.lock import owner
@@ -38,13 +36,12 @@ class JobStatus:
         return self.images + self.rejected
 
 
-def job_status(output: str, *, storage: Mapping[str, Any] | None = None) -> JobStatus:
-    """The state of the job in `output`; `storage` are fsspec options for it.
+def job_status(store: Store) -> JobStatus:
+    """The state of the job whose output `store` is.
 
     Raises:
         JobError: there is no planned job.
     """
-    store = Store(output, storage)
     plan = planned_job(store)
     commits = read_commits(store, sorted(committed(store)))
     images, rejected = totals(plan, commits)

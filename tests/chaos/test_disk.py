@@ -39,7 +39,7 @@ def test_a_full_disk(place: Place, small_disk: Path, layout: str) -> None:
     with pytest.raises(StorageError, match=r"disk/out/.*: ENOSPC: No space left on device"):
         place.run(place.config(table, "disk/out", **values), generate=in_turn)
     assert list((out / "_diffray/tmp").glob("*")) == []
-    status = job_status(str(out))
+    status = job_status(Store(str(out)))
     assert 0 < status.committed < status.shards
     assert verify(Store(str(out))).faults == ()
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)

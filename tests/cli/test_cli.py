@@ -70,7 +70,7 @@ def test_run_is_generate_from_a_file(table: Path, tmp_path: Path) -> None:
     job.write_text(f"input: {table}\noutput: {tmp_path}/a\ndefaults: {{steps: 3}}\n")
     assert diffray("run", job)[0] == 0
     assert diffray("generate", table, tmp_path / "b", "--steps", 3)[0] == 0
-    one, two = (job_status(str(tmp_path / name)) for name in "ab")
+    one, two = (job_status(Store(str(tmp_path / name))) for name in "ab")
     assert one == two
 
 
@@ -130,7 +130,7 @@ def test_too_many_rejected_rows_exit_4_and_the_rest_is_there(table: Path, tmp_pa
         "diffray: 1 of 2 images are rejected (0.5), max_rejected allows 0.4; all is committed, the reasons are in "
         f"{tmp_path}/o/rejected"
     )
-    assert job_status(str(tmp_path / "o")).phase == "complete"
+    assert job_status(Store(str(tmp_path / "o"))).phase == "complete"
     assert diffray(*command, 0.5)[0] == 0
     assert diffray("generate", table, tmp_path / "p", "--set", "width=wide", "--dry-run")[0] == 2
     (tmp_path / "w.csv").write_text("prompt,width\nx,wide\n")
@@ -163,7 +163,7 @@ def test_ctrl_c_exits_130_and_releases_the_output(
         patch.setattr(FakeModels, "open", stopped)
         code, _, error = diffray("generate", table, tmp_path / "o")
     assert (code, "run the same command to go on" in error) == (130, True)
-    assert job_status(str(tmp_path / "o")).owner is None
+    assert job_status(Store(str(tmp_path / "o"))).owner is None
     assert diffray("generate", table, tmp_path / "o")[0] == 0
 
 
@@ -206,8 +206,8 @@ def test_sigterm_exits_143_and_ctrl_c_130_and_the_job_can_go_on(tmp_path: Path, 
         code,
         f"diffray: {word}; run the same command to go on",
     )
-    assert job_status(str(tmp_path / "o")).owner is None
-    assert job_status(str(tmp_path / "o")).phase == "stopped"
+    assert job_status(Store(str(tmp_path / "o"))).owner is None
+    assert job_status(Store(str(tmp_path / "o"))).phase == "stopped"
     [run], committed = (
         read_runs(Store(str(tmp_path / "o"))),
         list((tmp_path / "o/_diffray/commits").iterdir()),

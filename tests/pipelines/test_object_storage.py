@@ -68,7 +68,7 @@ def test_a_job_with_input_and_output_on_s3_is_the_one_on_disk(place: Place, s3: 
     }
     assert {n: d for n, d in remote.items() if n.startswith(("data/", "rejected/"))} == local
     assert place.run(on_s3(s3, url, **pages)).made == 0
-    assert job_status(f"{url}/out", storage=s3.options()).phase == "complete"
+    assert job_status(Store(f"{url}/out", s3.options())).phase == "complete"
     assert verify(Store(f"{url}/out", s3.options())).faults == ()
 
 
@@ -164,7 +164,7 @@ def test_credentials_that_expire_stop_the_job_and_it_goes_on_with_new_ones(place
         assert s3.secret not in str(stopped.value)
         began = [path for method, path, fault in proxy.requests if fault]
         assert len(began) < 20, "an expired token is not to be tried again and again"
-    assert job_status(f"{url}/out", storage=s3.options()).committed < 4
+    assert job_status(Store(f"{url}/out", s3.options())).committed < 4
     place.run(on_s3(s3, url), take_over=True)  # the lock could not be released without credentials
     assert contents(s3, url) == contents(s3, clean)
 

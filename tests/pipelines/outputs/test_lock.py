@@ -47,12 +47,12 @@ def test_a_second_driver_is_told_who_owns_the_output(place: Place) -> None:
     ) -> Iterator[tuple[int, int]]:
         with pytest.raises(JobConflict, match=f"process {os.getpid()} on {socket.gethostname()}"):
             place.job(table)
-        seen.append(job_status(config.output).phase)
+        seen.append(job_status(Store(config.output)).phase)
         yield from in_process(config, number, store, models, shares)
 
     place.run(place.config(table), generate=meanwhile)
     assert seen == ["running"]
-    assert job_status(str(place.path / "out")).phase == "complete"
+    assert job_status(Store(str(place.path / "out"))).phase == "complete"
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="only Linux tells who sees whom")

@@ -121,7 +121,7 @@ def test_each_damaged_file_is_found_and_repaired_to_the_byte(place: Place, layou
         found = verify(store)
         assert [str(out / f.path) for f in found.faults] == [str(victim)]
         assert repair(store).damaged == found.damaged
-        assert job_status(str(out)).phase == "stopped"
+        assert job_status(Store(str(out))).phase == "stopped"
         resume(place, layout=layout)
         assert place.bytes() == clean
         assert verify(store).faults == ()
@@ -146,7 +146,7 @@ def test_what_no_record_names_is_found_and_left_alone(place: Place, layout: str)
     assert sorted(fault.path for fault in found.faults) == sorted(surplus)
     assert found.damaged == []
     assert place.bytes() == before
-    assert job_status(str(out)).phase == "complete"
+    assert job_status(Store(str(out))).phase == "complete"
 
 
 def test_foreign_files_among_the_images_of_a_shard_that_is_made_again_stay(place: Place) -> None:
@@ -273,7 +273,7 @@ def test_rejected_rows_that_succeed_become_images(
     assert sum((Counter(place.begun()) - begun).values()) == 1, "only the rejected row was made"
     totals = json.loads((place.path / "out/_diffray/SUCCESS.json").read_text())
     assert (totals["planned"], totals["images"], totals["rejected"]) == (7, 6, 1)
-    assert (job_status(store.url).phase, job_status(store.url).plans) == ("complete", 2)
+    assert (job_status(store).phase, job_status(store).plans) == ("complete", 2)
     resume(place, layout=layout)  # the job's own command has nothing to do
     assert again(place) == (6, 1, 1)
     assert verify(store).faults == ()
@@ -287,7 +287,7 @@ def test_rows_that_fail_again_are_counted_once(place: Place) -> None:
         assert verify(store).faults == ()
     place.write(TABLE + "POISON too,1,,e\nr,1,,f\n")
     resume(place)
-    assert (job_status(store.url).images, job_status(store.url).rejected) == (6, 3)
+    assert (job_status(store).images, job_status(store).rejected) == (6, 3)
     assert again(place) == (6, 3, 1)
     assert verify(store).faults == ()
 
@@ -297,7 +297,7 @@ def test_nothing_rejected_is_nothing_to_do(place: Place) -> None:
     before = place.bytes()
     assert again(place) == (1, 0, 0)
     assert place.bytes() == before
-    assert job_status(store.url).plans == 1
+    assert job_status(store).plans == 1
 
 
 def test_an_unfinished_job_is_finished_first(place: Place) -> None:
@@ -338,7 +338,7 @@ def test_a_worker_that_broke_on_a_row_gets_another_chance(place: Place) -> None:
     table = place.write("prompt\np\nBREAK\n")
     place.run(place.config(table), generate=restarting)
     store = Store(str(place.path / "out"))
-    assert job_status(store.url).rejected == 1
+    assert job_status(store).rejected == 1
     assert again(place, generate=restarting) == (1, 1, 1)
     [row] = place.rows(folder="rejected")
     assert row["attempts"] == 3
