@@ -13,9 +13,8 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = (
-    "0"  # tests report nothing, and Ray asks no Prometheus in the background
-)
+# Tests report nothing to Ray's makers, and no thread of Ray Data asks a Prometheus beside later tests.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 torch.set_num_threads(1)
 
 RAY = (
