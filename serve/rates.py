@@ -7,11 +7,12 @@ client gets its rate from each of them at most.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from typing import Any
+from typing import Any, cast
 
 from limits import RateLimitItem, parse
-from limits.aio.storage import Storage
+from limits.aio.storage import SlidingWindowCounterSupport, Storage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
 from limits.storage import storage_from_string
@@ -26,6 +27,8 @@ STORE_SECONDS = 1.0
 """For an answer of the shared store; a request waits no longer for it."""
 PAUSE = 5.0
 """Seconds without the shared store after it failed."""
+ROUNDING = 0.001
+"""Seconds; the stores' own clocks and fractions are no finer."""
 
 
 class Rates:
@@ -97,5 +100,26 @@ async def _counted(
 ) -> float:
     if await limiter.hit(rate, unit, client, cost=amount):
         return 0.0
-    reset = (await limiter.get_window_stats(rate, unit, client)).reset_time
-    return max(1.0, reset - time.time())
+    storage = cast("SlidingWindowCounterSupport", limiter.storage)
+    window = rate.get_expiry()
+    return _fits_after(
+        amount, rate.amount, window, *await storage.get_sliding_window(rate.key_for(unit, client), window)
+    )
+
+
+def _fits_after(
+    amount: int, allowed: int, window: int, before: int, before_ends: float, now: int, now_ends: float
+) -> float:
+    """Whole seconds after which an amount fits, if nothing else comes.
+
+    What counts is `now`, of the running window, and of `before`, of the window before, the share that a window ending
+    now would still cover: it falls to none at `before_ends`. `now` becomes `before` when its window ends, and is
+    forgotten one more window later, at `now_ends`. (The sliding window counter of `limits`, whose own reset time is
+    when *anything* gets free, not when the amount fits.)
+    """
+    room = allowed - amount + 1  # what counts must be less, since its fraction is dropped
+    if now < room:
+        free = before_ends - window * (room - now) / before if before else 0.0
+    else:
+        free = now_ends - window * room / now
+    return math.floor(max(0.0, free) + ROUNDING) + 1.0

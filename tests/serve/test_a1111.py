@@ -532,7 +532,7 @@ def test_extras_are_admitted_and_charged_as_images() -> None:
     single: dict[str, Any] = {"image": sent(scene()), "upscaler_1": "Lanczos"}
     files = [{"data": sent(scene())}] * 3
     batch: dict[str, Any] = {"imageList": files, "upscaler_1": "Lanczos"}
-    limits = Limits(images=3, cost=0.05, cost_per_key="2/hour", source_pixels=5 * 128 * 64)
+    limits = Limits(images=3, cost=0.05, cost_per_key="2/year", source_pixels=5 * 128 * 64)
     with live(ServeConfig(log="off", limits=limits), Scripted) as running:
         url = f"{running.url}/sdapi/v1/extra"
 

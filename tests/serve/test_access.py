@@ -186,9 +186,9 @@ def test_guardrails_refuse_in_words(tmp_path: Path) -> None:
 
 
 def test_admission_is_per_key(file: Path) -> None:
-    token, other = keys.add(file, "alice"), keys.add(file, "bob", requests="1/hour")
+    token, other = keys.add(file, "alice"), keys.add(file, "bob", requests="1/year")
     config = ServeConfig(
-        access=Access(keys=str(file)), host="0.0.0.0", log="off", limits=Limits(requests_per_key="2/hour")
+        access=Access(keys=str(file)), host="0.0.0.0", log="off", limits=Limits(requests_per_key="2/year")
     )
     with live(config, Scripted) as running:
         statuses = [

@@ -280,13 +280,13 @@ def test_queue_is_bounded_by_cost_too() -> None:
 
 
 def test_rates_count_requests_and_cost() -> None:
-    with limited(requests_per_key="3/hour") as running:
+    with limited(requests_per_key="3/year") as running:
         codes = [ask(running.url + IMAGES, {"steps": 1}) for _ in range(4)]
         assert [answer.status for answer in codes] == [200, 200, 200, 429]
         assert codes[3].code == "rate_limited"
-        assert 1 <= int(codes[3].headers["retry-after"]) <= 3600
+        assert 1 <= int(codes[3].headers["retry-after"]) <= 360 * 86400
         assert ask(running.url + "/v1/diffray/models").status == 200  # looking is free
-    with limited(cost_per_key="25/hour") as running:
+    with limited(cost_per_key="25/year") as running:
         body = {"width": 1024, "height": 1024, "steps": 10}
         assert [ask(running.url + IMAGES, body).status for _ in range(3)] == [200, 200, 429]
 

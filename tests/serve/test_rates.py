@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import socket
 import threading
 import time
@@ -13,10 +15,13 @@ from pathlib import Path
 import fakeredis
 import pytest
 from fakeredis import TcpFakeServer
+from limits.aio.storage import memory
 from limits.aio.storage.redis.bridge import RedisBridge
 
 from diffray.serve import keys
 from diffray.serve.config import InvalidConfig, ServeConfig
+from diffray.serve.rates import Rates
+from diffray.serve.refusal import Refusal
 
 from .ask import Answer, ask
 from .live import Live, live
@@ -43,9 +48,9 @@ def redis() -> Iterator[str]:
 
 @contextmanager
 def services(count: int, storage: str, folder: Path) -> Iterator[tuple[list[Live], str]]:
-    """So many services with one key of 3 requests per hour."""
+    """So many services with one key of 3 requests per year: no window ends while a test runs."""
     file = folder / "keys.json"
-    token = f"Bearer {keys.add(file, 'team', requests='3/hour')}"
+    token = f"Bearer {keys.add(file, 'team', requests='3/year')}"
     config = ServeConfig.checked(
         {"access": {"keys": str(file)}, "limits": {"storage": storage}, "log": "off"}
     )
@@ -60,7 +65,7 @@ def shot(service: Live, token: str) -> Answer:
 def test_two_services_share_a_rate(tmp_path: Path) -> None:
     with redis() as url, services(2, url, tmp_path) as ((one, two), token):
         assert [shot(service, token).status for service in (one, two, one, two, one)] == [200] * 3 + [429] * 2
-        assert 1 <= int(shot(two, token).headers["retry-after"]) <= 3600
+        assert 1 <= int(shot(two, token).headers["retry-after"]) <= 360 * 86400
 
 
 def test_without_a_shared_store_each_counts_for_itself(tmp_path: Path) -> None:
@@ -96,6 +101,56 @@ def test_a_store_that_does_not_answer_is_waited_for_once(tmp_path: Path) -> None
             assert shot(service, token).status == 200
             assert 0.5 < waited < 4
             assert time.monotonic() - begun - waited < 0.5
+
+
+async def wait_of(rates: Rates, text: str, amount: int) -> int:
+    """0 when it was counted, else what Retry-After would be."""
+    try:
+        await rates.hit("client", text, "requests", amount)
+    except Refusal as refusal:
+        return math.ceil(refusal.retry_after or 0)
+    return 0
+
+
+@pytest.mark.parametrize("begin", [0.0, 1.0, 1700.5, 3599.0, 3599.9])
+@pytest.mark.parametrize(
+    ("taken", "amount"), [((1,) * 10, 1), ((1,) * 10, 10), ((10,), 10), ((4, 4), 3), ((7, 3), 5), ((2,), 9)]
+)
+def test_a_request_fits_after_the_time_it_is_told_and_not_before(
+    begin: float, taken: tuple[int, ...], amount: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in an hour it begins, and again while the hour before is counted."""
+    clock = [3600 * 400_000 + begin]
+    monkeypatch.setattr(memory.time, "time", lambda: clock[0])
+
+    async def test() -> None:
+        rates = Rates("memory://")
+        for cost in taken:
+            assert await wait_of(rates, "10/hour", cost) == 0
+        for _ in range(4):
+            wait = await wait_of(rates, "10/hour", amount)
+            assert 1 <= wait <= 2 * 3600
+            clock[0] += wait - 1.01
+            assert await wait_of(rates, "10/hour", amount) > 0, "it fitted earlier"
+            clock[0] += 1.01
+            assert await wait_of(rates, "10/hour", amount) == 0, "it does not fit yet"
+            while await wait_of(rates, "10/hour", amount) == 0:
+                pass
+
+    asyncio.run(test())
+
+
+def test_a_shared_store_tells_the_same_time() -> None:
+    async def test(url: str) -> None:
+        rates = Rates(url)
+        assert await wait_of(rates, "10/2second", 10) == 0
+        wait = await wait_of(rates, "10/2second", 6)
+        assert 1 <= wait <= 4
+        await asyncio.sleep(wait)
+        assert await wait_of(rates, "10/2second", 6) == 0
+
+    with redis() as url:
+        asyncio.run(test(url))
 
 
 def test_a_store_of_another_kind_is_refused() -> None:
