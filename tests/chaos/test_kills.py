@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,7 @@ import pytest
 import yaml
 
 from diffray.pipelines import Store, verify
-from diffray.pipelines.making.actors import generate_on_ray
 from tests.chaos.rounds import DRIVER, check_made_no_more, final, play, table
-from tests.pipelines import fake
 from tests.pipelines.conftest import Place
 
 
@@ -33,11 +30,8 @@ def test_a_round_of_killings(place: Place) -> None:
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A head without work and three nodes with a core each, all on this machine."""
-    import ray
-    import ray.cloudpickle
     from ray.cluster_utils import Cluster
 
-    ray.cloudpickle.register_pickle_by_value(fake)
     mode = os.environ.get("RAY_AUTH_MODE")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
@@ -45,7 +39,6 @@ def cluster() -> Iterator[Any]:
     try:
         yield cluster, nodes
     finally:
-        ray.shutdown()
         for node in list(
             cluster.worker_nodes
         ):  # draining them waits for answers that a busy machine gives late
@@ -63,13 +56,24 @@ def test_a_driver_dies_and_then_a_node_on_a_cluster_that_lives_on(place: Place, 
     place.job(input, "clean")
     place.log.unlink()
     workers = {"actors": 3, "cpus": 1, "shards_in_flight": 1, "address": cluster.address}
-    config, commits = place.config(input, workers=workers), place.path / "out/_diffray/commits"
+    config = place.config(input, workers=workers)
     job = place.write(yaml.safe_dump(config.model_dump(mode="json")), "job.yaml")
-    command = [sys.executable, str(DRIVER), job]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(commits.glob("*"))) < 2:
-        assert driver.poll() is None
-        time.sleep(0.05)
+    store, safe = Store(str(place.path / "out")), []
+
+    def commits() -> int:
+        return len(list((place.path / "out/_diffray/commits").glob("*")))
+
+    def driver_until(count: int) -> subprocess.Popen[bytes]:
+        """A driver that has brought the dataset to so many commits."""
+        started = subprocess.Popen(
+            [sys.executable, str(DRIVER), job], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while commits() < count:
+            assert started.poll() is None
+            time.sleep(0.05)
+        return started
+
+    driver = driver_until(2)
     driver.kill()
     driver.wait()
     engines = {int(line.split()[1]) for line in place.log.read_text().splitlines()}
@@ -77,21 +81,11 @@ def test_a_driver_dies_and_then_a_node_on_a_cluster_that_lives_on(place: Place, 
     while any(Path(f"/proc/{pid}").exists() for pid in engines):
         assert time.monotonic() < until, "an engine outlives its driver"
         time.sleep(0.1)
-    store = Store(str(place.path / "out"))
-    safe = [final(place, store)]
-
-    def kill() -> None:
-        before = len(list(commits.glob("*")))
-        while len(list(commits.glob("*"))) < before + 2:
-            time.sleep(0.05)
-        safe.append(final(place, store))
-        cluster.remove_node(nodes[0], allow_graceful=False)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    place.run(config, generate=generate_on_ray)
-    killer.join(60)
-    assert len(safe) == 2, "the node was not killed in time"
+    safe.append(final(place, store))
+    driver = driver_until(commits() + 2)
+    safe.append(final(place, store))
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    assert driver.wait() == 0
     assert place.bytes() == place.bytes("clean")
     assert verify(store).faults == ()
     for seeds in safe:

@@ -6,7 +6,6 @@ import asyncio
 import io
 import os
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from types import SimpleNamespace
@@ -259,9 +258,8 @@ def test_health_is_answered_during_a_long_generation() -> None:
             await backend.start()
             long = asyncio.create_task(finish(backend, work(steps=1000)))
             await until(lambda: next(iter(backend.residents)).engine.running == 1)
-            begun = time.monotonic()
             await backend.check()
-            assert time.monotonic() - begun < 1
+            assert not long.done()
             long.cancel()
 
     run(test)
@@ -399,11 +397,11 @@ def test_a_model_that_was_loaded_is_used_before_it_makes_room(wanted: str, most:
 
 @pytest.mark.slow
 def test_loading_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = residents.load_resident
+    original, go_on = residents.load_resident, threading.Event()
 
     def slow(name: str, entry: ModelEntry) -> residents.Resident:
         if name == "b":
-            time.sleep(2)
+            go_on.wait(60)
         return original(name, entry)
 
     async def test() -> None:
@@ -411,10 +409,9 @@ def test_loading_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         await backend.start()
         loading = [asyncio.create_task(finish(backend, work(model="b", steps=1))) for _ in range(3)]
         await asyncio.sleep(0.1)
-        begun = time.monotonic()
         await finish(backend, work(model="a", steps=1))
         assert not any(task.done() for task in loading)
-        assert time.monotonic() - begun < 1.9
+        go_on.set()
         await asyncio.gather(*loading)
         await backend.close()
 

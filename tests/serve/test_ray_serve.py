@@ -40,6 +40,7 @@ long = pytest.mark.skipif(
     "DIFFRAY_TEST_LONG" not in os.environ, reason="takes minutes; DIFFRAY_TEST_LONG=1 runs it"
 )
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ATTENDED = {"image": ["tests.serve.witness:attend"]}
 BODY: dict[str, Any] = {"prompt": "a large red circle on a blue background", "seed": 11, "steps": 8}
 
 
@@ -70,7 +71,7 @@ def url(store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for variable in (witness.FOLDER, CACHE_VARIABLE):
             patch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
         address = stack.enter_context(cluster())
-        deploy()
+        deploy(guardrails=ATTENDED)
         yield address
 
 
@@ -133,17 +134,21 @@ def test_anonymous_on_a_loopback_address_means_local_names_only(url: str) -> Non
 
 
 def test_a_client_that_leaves_frees_the_engine(url: str) -> None:
-    for body in ({"steps": 1000}, {"steps": 1000, "stream": True}):
-        pids = replicas()
-        with closing(post(url + PNG, body)):
-            time.sleep(1.5)
-            busy = [cpu_seconds(pid) for pid in pids]
-            time.sleep(1)
-            assert sum(map(cpu_seconds, pids)) - sum(busy) > 0.3, "it does not work on it"
-        time.sleep(1.5)
-        left = [cpu_seconds(pid) for pid in pids]
+    def spent() -> float:
+        return sum(map(cpu_seconds, pids))
+
+    def rests() -> bool:
+        before = spent()
         time.sleep(1)
-        assert sum(map(cpu_seconds, pids)) - sum(left) < 0.15, "it still works on it"
+        return spent() - before < 0.15
+
+    for more in ({}, {"stream": True}):
+        pids = replicas()
+        before = spent()
+        with closing(post(url + PNG, {"prompt": "left", "steps": 1000, "n": 4, **more})):
+            until(lambda before=before: spent() - before > 0.8)  # it works on it
+        until(rests)
+    assert not witness.images("left"), "it went on"
 
 
 def test_a_killed_replica_costs_nobody_an_answer(url: str, expected: bytes) -> None:
@@ -174,7 +179,7 @@ def several(url: str, store: str, ink: Path, expected: bytes) -> str:
             memory={"models": 1},
             replicas={**CONFIG["replicas"], "target": 4},
             limits={"seconds": 48},
-            guardrails={"image": ["tests.serve.witness:attend"]},
+            guardrails=ATTENDED,
         )
         until(lambda: not old & set(replicas()))
     assert {answer.data for answer in load.answers} == {expected}
@@ -212,7 +217,7 @@ def test_each_model_stays_where_it_was_loaded(several: str, other: Path, expecte
     names = ["embedded", "other", "other"] * 8
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(made, names)) == [wanted[name] for name in names]
-    seen = witness.loads()
+    seen = {pid: counts for pid, counts in witness.loads().items() if pid in replicas()}
     assert sorted(map(sorted, seen.values())) == [["embedded"], ["embedded", "other"]], (
         "each began with the default"
     )
@@ -233,8 +238,8 @@ def test_a_busy_model_gets_the_idle_replica_too(several: str) -> None:
 def test_a_long_generation_is_not_ill(several: str) -> None:
     pids = set(replicas())
     begun = time.monotonic()
-    assert ask(several + PNG, {"prompt": "long", "steps": 400}).status == 200
-    assert time.monotonic() - begun > 3, "too short for three health checks"
+    while time.monotonic() - begun < 3:  # time for three health checks
+        assert ask(several + PNG, {"prompt": "long", "steps": 400}).status == 200
     assert set(replicas()) == pids
 
 

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import time
 from functools import cache
 
 import pytest
@@ -146,13 +145,10 @@ def test_surrogates(text):
     assert ours.encode("\ud83d\udc31") == ours.encode("🐱")
 
 
+@pytest.mark.timeout(120)  # quadratic time takes hours
 @pytest.mark.parametrize("unit", ["a", "!", "a ", "猫", "\u0301", "(", "\0", "'s", "🐱"])
 def test_long_text_in_bounded_time(unit):
-    text = unit * (100_000 // len(unit))
-    start = time.process_time()
-    ids = ClipTokenizer.openai().encode(text)
-    assert ids
-    assert time.process_time() - start < 10
+    assert ClipTokenizer.openai().encode(unit * (100_000 // len(unit)))
 
 
 @pytest.mark.parametrize("pad_id", [None, 0])

@@ -29,16 +29,16 @@ def test_work_that_moves_is_left_alone_and_work_that_stands_still_is_not() -> No
 
     async def slow() -> str:
         nonlocal moved
-        for _ in range(6):
+        for _ in range(15):
             await asyncio.sleep(0.1)
             moved += 1
         return "done"
 
-    dog = Watchdog(0.3, lambda: moved)
+    dog = Watchdog(1.0, lambda: moved)
     assert asyncio.run(dog.watch(slow())) == "done"
-    time.sleep(0.4)  # idle time is not hanging time
+    time.sleep(1.2)  # idle time is not hanging time
     assert asyncio.run(dog.watch(slow())) == "done"
-    with pytest.raises(Hanging, match=r"no step, read or image was finished in 0\.3 s"):
+    with pytest.raises(Hanging, match=r"no step, read or image was finished in 1 s"):
         asyncio.run(dog.watch(asyncio.sleep(60)))
 
 
@@ -82,12 +82,12 @@ def test_a_process_that_hangs_with_the_lock_in_its_hand_is_ended_with_a_tracebac
 def test_a_row_that_hangs_is_rejected_and_its_neighbours_are_not(place: Place) -> None:
     good = "prompt\n" + "".join(f"p{i}\n" for i in range(5))
     place.job(place.write(good, "good.csv"), "good")
-    config = place.config(place.write(good + "HANG\n"), shards={"images": 4}, workers={"patience": 0.4})
+    config = place.config(place.write(good + "HANG\n"), shards={"images": 4}, workers={"patience": 1.5})
     result = place.run(config, generate=restarting)
     assert (result.images, result.rejected) == (5, 1)
     [row] = place.rows(folder="rejected")
     assert (row["prompt"], row["attempts"]) == ("HANG", 3)
-    assert "hangs: no step, read or image was finished in 0.4 s" in row["reason"]
+    assert "hangs: no step, read or image was finished in 1.5 s" in row["reason"]
     assert {r["id"]: r["sha256"] for r in place.rows()} == {r["id"]: r["sha256"] for r in place.rows("good")}
 
 
