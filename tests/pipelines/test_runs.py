@@ -71,9 +71,7 @@ def test_text_encoders_are_paid_for_too(place: Place) -> None:
     place.run(place.config(place.write("prompt\np\n")), generate=encoded)
     [record] = read_runs(Store(str(place.path / "out")))
     expected = 0.5 * 40 + 1000 * (record["seconds"]["generate"] - record["seconds"]["ray"])
-    assert record["machine_seconds"] == pytest.approx(
-        expected, abs=2
-    )  # both figures of a thousand times it are rounded
+    assert record["machine_seconds"] == pytest.approx(expected, abs=2)  # a thousand times rounded figures
     assert record["machine_seconds"] > 20 + 1000 * 0.04
 
 
