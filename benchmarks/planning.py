@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from diffray.pipelines import JobConfig, Store, run
 from diffray.pipelines.outputs.commit import Commit, commit_path
-from diffray.pipelines.planning.plan import read_plan
+from diffray.pipelines.outputs.plan import read_plan
 
 from . import machine
 from .pairing import RESULTS

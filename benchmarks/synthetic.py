@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffray.model.request import ImageRequest
 from diffray.model.tickets import Result
-from diffray.pipelines.making.models import Models, OpenModel
+from diffray.pipelines.models import Models, OpenModel
 from diffray.pipelines.options import ModelOptions
 
 

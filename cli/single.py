@@ -57,7 +57,7 @@ def sample(
         from diffray.model import Engine, ImageRequest, load_model
         from diffray.model.encoding import format_of
         from diffray.pipelines import request_from
-        from diffray.pipelines.making.models import shown_name
+        from diffray.pipelines.models import shown_name
 
         fields = request_fields(
             steps=steps,

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from .config import JobConfig
 from .inputs.source import Source
 from .making.actors import generate_on_ray
-from .making.models import Models
 from .making.pools import Pulse
 from .making.worker import Share
 from .metrics import JobMeter
+from .models import Models
 from .outputs.commit import SUCCESS, committed, is_finished, read_commits, totals
 from .outputs.fingerprint import (
     check,
@@ -33,9 +33,10 @@ from .outputs.fingerprint import (
     refuse_foreign,
 )
 from .outputs.lock import Lock, check_owner
+from .outputs.plan import Plan, read_plan
 from .outputs.store import Store
 from .planning.growth import grow
-from .planning.plan import Plan, read_plan, stamps_of, write_plan
+from .planning.planner import stamps_of, write_plan
 from .planning.replaced import check_sources
 from .progress import Progress, Silent
 from .report import finish

@@ -26,12 +26,13 @@ from .checks import Checks
 from .config import InvalidJob, Strict
 from .hashing import content_checksum
 from .inputs.pictures import fitted, picture
-from .inputs.values import REQUEST_COLUMNS, request_from
-from .making.models import Models
-from .making.scores import Examiner, broken
+from .inputs.preparation import prepared
+from .models import Models
 from .options import Encoding, ModelOptions, Pictures
 from .planning.rows import derived_seed
-from .planning.tasks import KINDS, PICTURE_FIELDS
+from .scores import Examiner, broken
+from .terms.tasks import KINDS, PICTURE_FIELDS
+from .terms.values import REQUEST_COLUMNS, request_from
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -220,7 +221,7 @@ class Generator:
             return request
         pictures = {name: picture(file, name, rules) for name, file in data.items()}
         pictures = fitted(pictures, rules, request.width, request.height)
-        return KINDS["generate"].request(request, row, pictures, self._model_config)
+        return prepared(KINDS["generate"], request, row, pictures, self._model_config)
 
     def _finished(self, image: Image.Image, request: ImageRequest) -> tuple[bytes, Row]:
         """A picture looked at and encoded; runs in a thread."""

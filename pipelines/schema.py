@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .config import JobConfig
-from .inputs.values import REQUEST_COLUMNS
-from .planning.tasks import KINDS, PICTURE_FIELDS
+from .terms.tasks import KINDS, PICTURE_FIELDS
+from .terms.values import REQUEST_COLUMNS
 
 
 def job_schema() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..outputs.schemas import OWN_COLUMNS
+from ..terms.schemas import OWN_COLUMNS
 from .references import Reference
 
 FEATURE = b"huggingface"

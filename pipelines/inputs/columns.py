@@ -20,11 +20,11 @@ from typing import Any
 from diffray.model.errors import InvalidRequest
 
 from ..hashing import text_hash
-from ..outputs.schemas import OWN_COLUMNS, SOURCE_COLUMN
-from ..planning.tasks import ENDINGS, LATENTS, Kind
+from ..terms.schemas import OWN_COLUMNS, SOURCE_COLUMN
+from ..terms.tasks import ENDINGS, LATENTS, Kind
+from ..terms.values import REQUEST_COLUMNS, shown
 from .readers import SourceRow
 from .references import Reference
-from .values import REQUEST_COLUMNS, shown
 
 MAX_ID = 500
 COUNT_COLUMNS = ("n", "images_per_prompt")

@@ -35,7 +35,7 @@ import pyarrow as pa
 from diffray.model.storage import open_storage
 
 from ..config import InvalidJob
-from ..outputs.store import side_by_side
+from ..parallel import side_by_side
 from .columnar import features, read_lance, stated_schema
 from .formats import COLUMNAR, READERS, WHOLE, ending
 from .lance import ENDING as LANCE

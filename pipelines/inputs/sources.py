@@ -18,12 +18,13 @@ from diffray.model.errors import InvalidRequest, JobError
 from diffray.model.request import ImageRequest
 
 from ..config import JobConfig
-from ..outputs.schemas import SOURCE_COLUMN, digest_of
-from ..planning.image import PlannedImage
-from ..planning.tasks import KINDS
+from ..terms.image import PlannedImage
+from ..terms.schemas import SOURCE_COLUMN, digest_of
+from ..terms.tasks import KINDS
 from .blobs import Blobs
 from .frames import Frame, kept
 from .pictures import fitted, picture
+from .preparation import offset_of, prepared
 from .references import BlobError, Reference, StructReference
 from .source import input_root
 
@@ -122,12 +123,12 @@ class Sources:
         pictures = fitted(upright, rules, request.width, request.height)
         if "init_image" not in pictures and request.strength is not None:
             request = replace(request, strength=None)  # the cell that could have held a picture is empty
-        whole = self._kind.request(request, image.user, pictures, self._model)
+        whole = prepared(self._kind, request, image.user, pictures, self._model)
         if whole.init_image is None:
             return Ready(found, whole, digests=digests)
         size, fit = upright["init_image"].size, pictures["init_image"].size
         part = kept(size, rules, request.width, request.height)
-        offset = self._kind.offset(request, image.user, fit)
+        offset = offset_of(self._kind, request, image.user, fit)
         return Ready(
             found, whole, digests=digests, frame=Frame.of(size, part, fit, offset, whole.init_image.size)
         )

@@ -28,10 +28,10 @@ from diffray.model.errors import DiffrayError, JobError
 from ..arrival import ARRIVED
 from ..config import JobConfig
 from ..metrics import ImageMeter
+from ..models import Models, shown_name
 from ..outputs.fingerprint import settled_threads
 from ..outputs.store import Store
 from . import backlog, board
-from .models import Models, shown_name
 from .pools import Ended, Pool, Pulse, turns
 from .size import Size
 from .texts import Texts, text_pool

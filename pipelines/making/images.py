@@ -20,12 +20,12 @@ from diffray.model.tickets import Result
 
 from ..config import JobConfig
 from ..inputs.sources import Ready, Sources
+from ..models import OpenModel
 from ..outputs.index import thumbnail
 from ..outputs.parts import Made, Outcome, Rejected
 from ..outputs.sample import Sample
-from ..planning.image import PlannedImage
-from .models import OpenModel
-from .scores import Examiner, Refused, broken
+from ..scores import Examiner, Refused, broken
+from ..terms.image import PlannedImage
 from .tally import ENCODE, ENGINE, TEXT, Tally
 from .texts import Texts
 

@@ -25,10 +25,10 @@ from diffray.model.errors import DiffrayError, GenerationError, JobConflict, Job
 
 from ..hashing import text_hash
 from ..metrics import PromptMeter
+from ..models import Models, TextFacts, shown_name
 from ..options import ModelOptions
 from ..outputs.fingerprint import check_versions
 from ..outputs.store import Store
-from .models import Models, TextFacts, shown_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,7 +2,8 @@
 
 A worker is alive as long as its engine makes steps, its sources are read or its images end. One that does none of
 it, although there is work, is as good as dead; it ends like one, and its rows are found out like those that kill
-(`attempts.py`). A storage that answers slowly, or at the third attempt, is no hanging; a read that never ends is.
+(`outputs/attempts.py`). A storage that answers slowly, or at the third attempt, is no hanging; a read that never ends
+is.
 """
 
 from __future__ import annotations

@@ -21,21 +21,21 @@ from diffray.model.errors import JobConflict, JobError
 
 from ..config import JobConfig
 from ..inputs.sources import Sources
+from ..models import Models
 from ..options import ModelOptions
+from ..outputs.attempts import Attempts
 from ..outputs.commit import Commit, Origin, commit_path, read_commit, write_commit
 from ..outputs.fingerprint import check_versions
 from ..outputs.lock import check_owner
 from ..outputs.parts import Made, Outcome, Output, Rejected
+from ..outputs.plan import picture_folders, read_plan, read_shard
 from ..outputs.sample import Sample
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
-from ..planning.image import PlannedImage
-from ..planning.plan import picture_folders, read_plan, read_shard
-from .attempts import Attempts
+from ..scores import Examiner
+from ..terms.image import PlannedImage
 from .images import Maker
 from .images import WorkerBroken as WorkerBroken
-from .models import Models
-from .scores import Examiner
 from .shared_lock import SharedLock
 from .tally import STORE, Meter, Tally
 from .texts import Texts

@@ -20,9 +20,10 @@ from typing import Any
 
 from diffray.model.errors import AccountingError, JobConflict
 
-from ..planning.plan import Plan
+from ..parallel import side_by_side
 from .parts import OWN, PART, Made, Outcome, Output, Part, Rejected, leftovers, part_files
-from .store import Store, side_by_side
+from .plan import Plan
+from .store import Store
 from .tables import PlanShard
 
 COMMITS = "_diffray/commits"

@@ -15,8 +15,8 @@ from diffray.model.errors import JobConflict
 
 from ..config import InvalidJob, JobConfig
 from ..inputs.source import Source
-from ..making.models import Models
-from ..making.scores import facts as facts_of
+from ..models import Models
+from ..scores import facts as facts_of
 from .store import Store
 
 JOB = "_diffray/job.json"

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..parallel import side_by_side
 from .sample import Sample
-from .store import Store, side_by_side
+from .store import Store
 from .tables import parquet
 
 INDEX = "_diffray/index"

@@ -30,11 +30,11 @@ from diffray.model.request import ImageRequest
 
 from ..config import JobConfig
 from ..inputs.sources import source_columns
-from ..inputs.values import as_text
-from ..making.scores import columns
-from ..planning.image import PlannedImage
+from ..scores import columns
+from ..terms.image import PlannedImage
+from ..terms.schemas import FRAME, digest_of
+from ..terms.values import as_text
 from .index import index_part, index_path
-from .schemas import FRAME, digest_of
 from .tables import data_row, data_schema, parquet, rejected_row, rejected_schema
 
 MAX_REASON = 2000

@@ -11,7 +11,7 @@ from typing import Self
 
 from ..config import JobConfig
 from ..hashing import text_hash
-from ..planning.plan import Plan
+from .plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,20 +16,16 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from itertools import islice
 from posixpath import basename, join
-from typing import Any, TypeVar
+from typing import Any
 
 from diffray.model.errors import StorageError
 from diffray.model.storage import open_storage
 
 SCRATCH = "_diffray/tmp"
-READERS = 16
-"""Objects that are read at once."""
 RACES = 8
 """Tries of a conditional put that the store answers with "another one is under way"."""
 
@@ -223,18 +219,6 @@ class Store:
             raise StorageError(f"{self.path(name)}: {_why(error)}") from error
         except Exception as error:  # every storage client has its own exceptions
             raise StorageError(f"{self.path(name)}: {_why(error)}") from error
-
-
-_Item = TypeVar("_Item")
-_Read = TypeVar("_Read")
-
-
-def side_by_side(read: Callable[[_Item], _Read], items: Iterable[_Item]) -> Iterator[_Read]:
-    """What `read` gives for each item, in order: many at once, as a storage takes its time, but never far ahead."""
-    items = iter(items)
-    with ThreadPoolExecutor(READERS) as pool:
-        while some := list(islice(items, 4 * READERS)):
-            yield from pool.map(read, some)
 
 
 def _name(path: str) -> str:

@@ -19,9 +19,9 @@ from diffray.model.request import ImageRequest
 
 from ..inputs.carried import FEATURE
 from ..inputs.references import Reference, StructReference, is_blob
-from ..inputs.values import REQUEST_COLUMNS, as_text
-from ..planning.image import PlannedImage
-from .schemas import ID, IMAGE, LATENTS, MADE, PLACE, PLAN, VERDICT
+from ..terms.image import PlannedImage
+from ..terms.schemas import ID, IMAGE, LATENTS, MADE, PLACE, PLAN, VERDICT
+from ..terms.values import REQUEST_COLUMNS, as_text
 
 ROW_GROUP = 100
 """Images per row group: readers that want one image load at most this many."""

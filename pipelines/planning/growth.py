@@ -23,11 +23,12 @@ from ..inputs.references import INPUT, Reference, parsed_reference
 from ..inputs.source import Source
 from ..inputs.sources import source_columns
 from ..outputs.commit import SUCCESS
+from ..outputs.plan import Plan, read_shard, record_plan
 from ..outputs.store import Store
 from ..outputs.tables import PlanShard
+from ..terms.image import PlannedImage
 from .hashes import ImageHashes
-from .image import PlannedImage
-from .plan import UNSTARTED, Plan, folders, planned, read_shard, record_plan, stamps_of, write_shards
+from .planner import UNSTARTED, folders, planned, stamps_of, write_shards
 from .stamping import stamped
 
 BATCH = 1000

@@ -14,12 +14,13 @@ from diffray.model.config import ModelConfig
 from ..config import JobConfig
 from ..inputs.source import Source
 from ..inputs.sources import Sources
-from ..making.models import Models
+from ..models import Models
 from ..outputs.commit import committed
 from ..outputs.fingerprint import check, fingerprint, refuse_entangled, refuse_foreign
+from ..outputs.plan import read_plan
 from ..outputs.store import Store
-from .image import PlannedImage
-from .plan import cut, planned, read_plan, stamps_of
+from ..terms.image import PlannedImage
+from .planner import cut, planned, stamps_of
 from .replaced import check_sources
 
 REASONS = 5

@@ -9,10 +9,11 @@ from diffray.model.errors import JobConflict
 from ..config import JobConfig
 from ..inputs.sources import source_columns
 from ..inputs.stamps import Stamps, same
-from ..making.attempts import Attempts
+from ..outputs.attempts import Attempts
 from ..outputs.commit import commit_path, read_commit
-from ..outputs.store import Store, side_by_side
-from .plan import Plan, picture_folders, read_source_stamps
+from ..outputs.plan import Plan, picture_folders, read_source_stamps
+from ..outputs.store import Store
+from ..parallel import side_by_side
 
 SAMPLE = 20_000
 """Images whose source files are looked at: an object store answers for about a thousand in a second."""

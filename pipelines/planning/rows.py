@@ -25,12 +25,12 @@ from ..config import InvalidJob, JobConfig
 from ..hashing import text_hash
 from ..inputs.columns import COUNT_COLUMNS, Columns, Place, Reading
 from ..inputs.references import INPUT, BlobError, Reference, below, parsed_reference
-from ..inputs.values import REQUEST_COLUMNS, as_text, integer, shown
-from ..outputs.schemas import SOURCE_COLUMN
-from .image import PlannedImage
+from ..terms.image import PlannedImage
+from ..terms.schemas import SOURCE_COLUMN
+from ..terms.tasks import KINDS
+from ..terms.values import REQUEST_COLUMNS, as_text, integer, shown
 from .settings import TEXTS, SettingsOf
 from .sweeps import Template, Variant, variants
-from .tasks import KINDS
 
 MAX_IMAGES_PER_ROW = 100_000
 

@@ -17,9 +17,9 @@ from diffray.model.preparation import steps_of
 from diffray.model.request import NEEDED_PICTURES, ImageRequest
 
 from ..config import InvalidJob
-from ..inputs.values import REQUEST_COLUMNS, parsed, shown
+from ..terms.tasks import PICTURE_FIELDS, UPSCALE_STRENGTH, Kind
+from ..terms.values import REQUEST_COLUMNS, parsed, shown
 from .sweeps import Variant
-from .tasks import PICTURE_FIELDS, UPSCALE_STRENGTH, Kind
 
 TEXTS = ("prompt", "negative_prompt")
 REMEMBERED = 10_000

@@ -11,7 +11,7 @@ from ..config import JobConfig
 from ..inputs.references import Reference, parsed_reference
 from ..inputs.sources import source_columns
 from ..inputs.stamps import Stamps
-from .image import PlannedImage
+from ..terms.image import PlannedImage
 
 BATCH = 1000
 """Images whose source files are looked at together."""

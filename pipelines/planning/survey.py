@@ -12,9 +12,9 @@ from ..hashing import text_hash
 from ..inputs.carried import UserColumns
 from ..inputs.columns import COUNT_COLUMNS, Reading, content_hash
 from ..inputs.source import Source
-from ..outputs.schemas import SOURCE_COLUMN
+from ..terms.image import PlannedImage
+from ..terms.schemas import SOURCE_COLUMN
 from .hashes import RowHashes
-from .image import PlannedImage
 from .rows import RowRules
 
 SHOWN = 5

@@ -17,13 +17,13 @@ import json
 import pyarrow as pa
 
 from ..config import JobConfig
-from ..making.models import shown_name
+from ..models import shown_name
 from ..outputs.commit import SUCCESS, archive_retried, proven_totals, read_commits
 from ..outputs.index import Index, read_index
 from ..outputs.parts import Output, score_names, tar_schema
+from ..outputs.plan import Plan, read_shard
 from ..outputs.sample import Sample
 from ..outputs.store import SCRATCH, Store
-from ..planning.plan import Plan, read_shard
 from ..runs import prompts, read_runs
 from . import account, card, charts, duplicates, gallery, sheet
 from .account import TIMED_FILES as TIMED_FILES

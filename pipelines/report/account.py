@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from ..config import JobConfig
 from ..outputs.commit import Commit, current_path
 from ..outputs.index import Index
+from ..outputs.plan import Plan
 from ..outputs.store import Store
-from ..planning.plan import Plan
 from .charts import bars, number
 
 REPORT, THROUGHPUT = "report.json", "throughput.svg"

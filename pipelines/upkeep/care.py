@@ -23,19 +23,21 @@ from ..config import JobConfig, storage_options
 from ..inputs.stamps import Stamps
 from ..job import Generate, JobResult, complete, result
 from ..making.actors import generate_on_ray
-from ..making.attempts import Attempts
-from ..making.models import Models
+from ..models import Models
+from ..outputs.attempts import Attempts
 from ..outputs.commit import SUCCESS, Commit, commit_path, committed, current_path, read_commit
 from ..outputs.fingerprint import check, fingerprint, recorded_config
 from ..outputs.lock import Lock
 from ..outputs.parts import OWN
-from ..outputs.store import SCRATCH, Store, side_by_side
+from ..outputs.plan import Plan, read_plan, read_plans, read_shard, record_plan, shard_path
+from ..outputs.store import SCRATCH, Store
 from ..outputs.tables import PlanShard
-from ..planning.image import PlannedImage
-from ..planning.plan import Plan, read_plan, read_plans, read_shard, record_plan, shard_path, write_shards
+from ..parallel import side_by_side
+from ..planning.planner import write_shards
 from ..planning.stamping import stamped
 from ..progress import Progress, Silent
 from ..runs import last_workers, read_runs
+from ..terms.image import PlannedImage
 from .verification import Verification, verify
 
 HISTORY_COMMITS = "_diffray/history/commits"

@@ -39,8 +39,8 @@ from ..outputs.commit import (
     visible,
 )
 from ..outputs.parts import PART
+from ..outputs.plan import Plan, read_plan, read_shard, shard_path
 from ..outputs.store import Store
-from ..planning.plan import Plan, read_plan, read_shard, shard_path
 
 READERS = 4
 """Shards that are read at once; each is held in memory."""

@@ -26,7 +26,7 @@ import yaml
 
 from diffray.pipelines import Store, verify
 from diffray.pipelines.outputs.commit import committed
-from diffray.pipelines.planning.plan import read_shard
+from diffray.pipelines.outputs.plan import read_shard
 from diffray.pipelines.report import TIMED_FILES
 from tests.pipelines.conftest import Place
 from tests.pipelines.s3 import S3

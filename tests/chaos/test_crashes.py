@@ -15,7 +15,7 @@ import pytest
 
 from diffray.model.errors import StorageError
 from diffray.pipelines import JobConfig, Store, collect, repair, retry_rejected, verify
-from diffray.pipelines.planning.plan import read_shard
+from diffray.pipelines.outputs.plan import read_shard
 from diffray.pipelines.runs import RUNS
 from tests.pipelines.conftest import Place
 from tests.pipelines.crashes import Crash, CrashingStore, in_turn

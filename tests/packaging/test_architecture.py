@@ -37,6 +37,10 @@ ARROWS = {
 }
 
 
+LAYERS = {"pipelines": ("terms", "inputs", "outputs", "planning", "making", "report", "upkeep")}
+"""Folders whose modules import those of the same and of earlier ones only, by whatever way."""
+
+
 def sources(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
@@ -52,6 +56,24 @@ def imports(path: Path) -> Iterator[str]:
             )
 
 
+def module(path: Path) -> str:
+    """The dotted name of a file, from its package on."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def neighbours(path: Path) -> Iterator[str]:
+    """The modules of the same package that a file imports, anywhere in it."""
+    inside = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*inside[: len(inside) - node.level + 1], *(node.module or "").split(".")]
+            name = ".".join(filter(None, base))
+            found = [f"{name}.{alias.name}" for alias in node.names]
+            yield from (one for one in found if (ROOT / one.replace(".", "/")).with_suffix(".py").exists())
+            yield name
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_follow_the_arrows(package: str) -> None:
     for path in sources(package):
@@ -62,6 +84,26 @@ def test_imports_follow_the_arrows(package: str) -> None:
             assert top not in {"training", "benchmarks", "tests", *PACKAGES}, f"{path}: imports {name}"
             if top == "diffray":
                 assert rest.split(".")[0] in ARROWS[package], f"{path}: {package} must not import {name}"
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_folders_import_earlier_ones_only(package: str) -> None:
+    layers = LAYERS[package]
+    assert set(layers) == {p.parent.name for p in (ROOT / package).glob("*/__init__.py")}
+    needs = {module(path): set(neighbours(path)) for path in sources(package)}
+
+    def level(name: str) -> int:
+        """Of its folder; 0 beside the folders."""
+        folder = f"{name}.".split(".")[1]
+        return layers.index(folder) + 1 if folder in layers else 0
+
+    for start in filter(level, needs):
+        reached, left = {start}, [start]
+        while left:
+            new = needs.get(left.pop(), set()) - reached
+            reached |= new
+            left += new
+        assert not (above := [name for name in reached if level(name) > level(start)]), f"{start}: {above}"
 
 
 @pytest.mark.parametrize("folder", ["tests", "training", "benchmarks", "examples"])

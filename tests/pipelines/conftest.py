@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from diffray.pipelines import JobConfig, JobResult, Store, run
-from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.worker import Share, Task, Worker, WorkerBroken
+from diffray.pipelines.models import Models
 from diffray.pipelines.report import TIMED_FILES
 
 from . import fake

@@ -8,8 +8,8 @@ from typing import Any
 
 from diffray.model.errors import StorageError
 from diffray.pipelines import JobConfig, Store
-from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.worker import Share
+from diffray.pipelines.models import Models
 
 from .conftest import in_process
 

@@ -21,7 +21,7 @@ from PIL import Image
 from diffray.model.config import Defaults, ModelConfig, NoiseConfig, UNetConfig, VAEConfig
 from diffray.model.errors import GenerationError
 from diffray.model.request import ImageRequest
-from diffray.pipelines.making.models import Models, OpenModel
+from diffray.pipelines.models import Models, OpenModel
 from diffray.pipelines.options import ModelOptions
 
 CONFIG = ModelConfig(

@@ -19,7 +19,7 @@ from diffray.model import Engine, ImageRequest, load_model
 from diffray.model.encoding import encode_image
 from diffray.model.errors import CheckpointError, JobConflict
 from diffray.pipelines import InvalidJob, JobConfig, retry_rejected
-from diffray.pipelines.making.models import Models
+from diffray.pipelines.models import Models
 from diffray.pipelines.options import ModelOptions
 
 from .conftest import Place, in_process

@@ -14,12 +14,12 @@ import pytest
 
 from diffray.model.errors import AccountingError, JobConflict, JobError, TooManyRejected
 from diffray.pipelines import InvalidJob, JobConfig, ModelOptions, Store, repair
-from diffray.pipelines.making.models import Models, OpenModel
 from diffray.pipelines.making.worker import Share
+from diffray.pipelines.models import Models, OpenModel
 from diffray.pipelines.outputs import fingerprint
 from diffray.pipelines.outputs.commit import Output, Rejected, write_commit
 from diffray.pipelines.outputs.lock import Lock
-from diffray.pipelines.planning.plan import read_shard
+from diffray.pipelines.outputs.plan import read_shard
 
 from . import fake
 from .conftest import Place, in_process, restarting

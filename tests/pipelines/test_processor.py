@@ -17,9 +17,9 @@ from diffray.model.errors import GenerationError, InvalidRequest
 from diffray.model.judges.checks import measure
 from diffray.model.request import ImageRequest
 from diffray.pipelines import Checks, InvalidJob, ProcessorConfig, build_processor
-from diffray.pipelines.making.scores import Examiner
 from diffray.pipelines.options import ModelOptions
 from diffray.pipelines.processor import ERROR, Generator
+from diffray.pipelines.scores import Examiner
 
 from .fake import FakeModels
 

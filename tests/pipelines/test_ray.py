@@ -8,7 +8,7 @@ import pytest
 
 from diffray.model.errors import CheckpointError
 from diffray.pipelines.making.actors import generate_on_ray
-from diffray.pipelines.making.models import Models, OpenModel
+from diffray.pipelines.models import Models, OpenModel
 from diffray.pipelines.options import ModelOptions
 
 from .conftest import Place

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from diffray.pipelines.inputs.sources import Sources
-from diffray.pipelines.planning.image import PlannedImage
-from diffray.pipelines.planning.tasks import KINDS
+from diffray.pipelines.terms.image import PlannedImage
+from diffray.pipelines.terms.tasks import KINDS
 
 from .. import fake
 from ..conftest import Place

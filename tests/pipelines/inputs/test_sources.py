@@ -14,7 +14,7 @@ from diffray.model.errors import JobError
 from diffray.pipelines import Store
 from diffray.pipelines.inputs import sources as sources_module
 from diffray.pipelines.inputs.sources import Sources
-from diffray.pipelines.planning.plan import read_plans, read_shard
+from diffray.pipelines.outputs.plan import read_plans, read_shard
 
 from .. import fake
 from ..conftest import Place, in_process

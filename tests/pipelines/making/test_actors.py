@@ -15,9 +15,9 @@ import pytest
 from diffray.model.errors import JobConflict
 from diffray.pipelines import JobConfig, Store
 from diffray.pipelines.making import actors, size
-from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.size import Size
 from diffray.pipelines.making.worker import Share
+from diffray.pipelines.models import Models
 
 GPUS = {"GPU": 4.0, "CPU": 64.0}
 CPUS = {"CPU": 16.0}

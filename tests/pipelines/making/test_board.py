@@ -13,9 +13,9 @@ import pytest
 from diffray.pipelines.job import run
 from diffray.pipelines.making import actors, board
 from diffray.pipelines.making.board import Board
-from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.pools import TURNS, turns
 from diffray.pipelines.making.worker import Task
+from diffray.pipelines.models import Models
 from diffray.pipelines.outputs.commit import committed
 from diffray.pipelines.outputs.store import Store
 

@@ -24,10 +24,10 @@ from diffray.model.errors import CheckpointError, GenerationError, InvalidReques
 from diffray.pipelines import InvalidJob, JobConfig, Store
 from diffray.pipelines.making import texts
 from diffray.pipelines.making.actors import generate_on_ray
-from diffray.pipelines.making.models import Models, OpenTexts, TextFacts
 from diffray.pipelines.making.pools import EngineFacts, Pulse
 from diffray.pipelines.making.texts import Answer, TextActor, Texts
 from diffray.pipelines.making.worker import Share, Task, Worker
+from diffray.pipelines.models import Models, OpenTexts, TextFacts
 from diffray.pipelines.options import ModelOptions
 from diffray.pipelines.outputs.commit import committed
 from diffray.pipelines.runs import prompts, read_runs

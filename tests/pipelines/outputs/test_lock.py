@@ -18,8 +18,8 @@ import pytest
 
 from diffray.model.errors import JobConflict, StorageError
 from diffray.pipelines import JobConfig, Store, job_status, verify
-from diffray.pipelines.making.models import Models
 from diffray.pipelines.making.worker import Share
+from diffray.pipelines.models import Models
 from diffray.pipelines.outputs import lock
 from diffray.pipelines.outputs.fingerprint import JOB
 from diffray.pipelines.outputs.lock import Lock

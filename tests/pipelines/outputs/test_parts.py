@@ -20,7 +20,7 @@ from diffray.model.request import ImageRequest
 from diffray.pipelines import Store
 from diffray.pipelines.outputs.commit import read_commit, read_commits, write_commit
 from diffray.pipelines.outputs.parts import Made, Output, Rejected, part_files
-from diffray.pipelines.planning.plan import read_shard
+from diffray.pipelines.outputs.plan import read_shard
 
 from ..conftest import Place
 

@@ -9,7 +9,6 @@ import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 from diffray.model import storage
 from diffray.model.errors import StorageError
 from diffray.pipelines import Store
-from diffray.pipelines.outputs.store import READERS, side_by_side
 
 from ..s3 import S3, Fault, FaultyProxy, broken
 
@@ -118,32 +116,6 @@ def test_options_travel_and_stay_unseen(s3: S3) -> None:
     store.write("x", b"1")
     assert pickle.loads(pickle.dumps(store)).read("x") == b"1"
     assert s3.secret not in repr(store)
-
-
-def test_reading_side_by_side_keeps_the_order_and_runs_never_far_ahead() -> None:
-    begun, meet = [], threading.Barrier(READERS)
-
-    def read(number: int) -> int:
-        begun.append(number)
-        if number < READERS:
-            meet.wait(10)  # raises if they come one after the other
-        return -number
-
-    found = side_by_side(read, count())
-    assert [next(found) for _ in range(100)] == [-number for number in range(100)]
-    assert len(begun) <= 100 + 4 * READERS
-
-
-def test_reading_side_by_side_ends_with_the_first_error() -> None:
-    def read(number: int) -> int:
-        if number == 3:
-            raise StorageError("gone")
-        return number
-
-    found = side_by_side(read, range(9))
-    assert [next(found) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(StorageError, match="gone"):
-        next(found)
 
 
 # A full or broken disk ------------------------------------------------------------------------------------

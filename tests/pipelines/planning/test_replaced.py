@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffray.model.errors import JobConflict, JobError
 from diffray.pipelines import Store, repair, retry_rejected
-from diffray.pipelines.planning.plan import read_plan
+from diffray.pipelines.outputs.plan import read_plan
 
 from .. import fake
 from ..conftest import Place, in_process

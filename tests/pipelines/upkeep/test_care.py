@@ -15,7 +15,7 @@ import pytest
 
 from diffray.model.errors import JobConflict, JobError
 from diffray.pipelines import Store, collect, job_status, repair, retry_rejected, verify
-from diffray.pipelines.planning.plan import read_plan, record_plan, shard_path
+from diffray.pipelines.outputs.plan import read_plan, record_plan, shard_path
 from diffray.pipelines.upkeep import care as upkeep
 
 from .. import fake

@@ -26,7 +26,7 @@ from typing import Any
 
 from diffray.model.errors import JobError
 
-from ..outputs.store import Store
+from .store import Store
 
 PATIENCE = 2
 """Deaths of a shard as a whole, per killing row, before its rows are run alone."""

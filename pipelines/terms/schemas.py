@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ..inputs.values import REQUEST_COLUMNS
-from ..planning.tasks import LATENTS as LATENTS_FACTS
-from ..planning.tasks import PICTURE_FIELDS
+from .tasks import LATENTS as LATENTS_FACTS
+from .tasks import PICTURE_FIELDS
+from .values import REQUEST_COLUMNS
 
 Columns = dict[str, pa.DataType]
 

@@ -31,8 +31,8 @@ from diffray.model.errors import GenerationError
 from diffray.model.judges.checks import PromptFilter, is_blank, measure
 from diffray.model.request import ImageRequest
 
-from ..checks import MEASURES, NETWORKS, Checks, Scorer
-from ..strict import InvalidJob
+from .checks import MEASURES, NETWORKS, Checks, Scorer
+from .strict import InvalidJob
 
 TYPES = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "text": pa.string()}
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..config import storage_options
-from ..options import ModelOptions
+from .config import storage_options
+from .options import ModelOptions
 
 if TYPE_CHECKING:
     from diffray.model import Engine

@@ -12,8 +12,8 @@ import pytest
 from diffray.model.errors import JobError
 from diffray.pipelines import Store
 from diffray.pipelines.making import images, worker
-from diffray.pipelines.making.attempts import Attempts
 from diffray.pipelines.making.worker import Task, Worker
+from diffray.pipelines.outputs.attempts import Attempts
 from diffray.pipelines.outputs.commit import Commit
 
 from ..conftest import Place, in_process

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from diffray.model.errors import JobConflict, JobError
 from diffray.model.weights.source import embedded
 from diffray.pipelines import ModelOptions
-from diffray.pipelines.making.models import Models
+from diffray.pipelines.models import Models
 
-from ..conftest import Place
+from .conftest import Place
 
 
 def brighten(folder: Path) -> None:

@@ -21,9 +21,9 @@ from diffray.model.judges.checks import measure
 from diffray.model.request import ImageRequest
 from diffray.pipelines import InvalidJob, JobConfig
 from diffray.pipelines.checks import MEASURES, NETWORKS
-from diffray.pipelines.making.scores import Examiner, columns
+from diffray.pipelines.scores import Examiner, columns
 
-from ..conftest import Place, restarting
+from .conftest import Place, restarting
 
 SCORERS = """
 import threading
