@@ -27,6 +27,7 @@ RAY = (
     "tests/pipelines/test_object_storage.py",
     "tests/pipelines/test_processor.py",
     "tests/pipelines/test_ray.py",
+    "tests/serve/test_deployment.py",
     "tests/serve/test_ray_serve.py",
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
@@ -25,6 +25,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 REFUSED = re.compile(r"Failed to load resource: the server responded with a status of [45]\d\d|net::ERR_")
 """What Chromium itself notes about a refused request; the page shows those."""
 SLOW = 60_000
+expect.set_options(timeout=SLOW)
 
 
 def executable() -> str:

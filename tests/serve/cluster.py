@@ -38,10 +38,11 @@ def cluster(cpus: int = 2, host: str = "127.0.0.1") -> Iterator[str]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1"
     )  # 10: autoscaling at leisure
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the proxy has it: nobody else may
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    serve.start(http_options={"host": host, "port": port})
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        serve.start(http_options={"host": host, "port": port})
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

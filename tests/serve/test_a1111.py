@@ -356,7 +356,7 @@ def test_progress_with_preview_and_interruption(scripted: tuple[webuiapi.WebUIAp
     watcher.util_wait_for_ready()
 
 
-def wait_for(condition: Any, seconds: float = 10) -> Any:
+def wait_for(condition: Any, seconds: float = 60) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()

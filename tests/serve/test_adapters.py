@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +132,7 @@ def test_a_job_has_them(service: Live) -> None:
         state = ask(address).json
         if state["status"] != "running":
             break
+        time.sleep(0.1)
     assert state["images"][0]["adapter_checksums"].keys() == {"watercolour"}
     assert ask(f"{address}/images/0").data == wearing(service, "watercolour")
 

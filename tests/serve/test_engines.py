@@ -20,7 +20,7 @@ from diffray.serve import metrics, residents, server
 from diffray.serve.config import Guardrails, Limits, Memory, ModelEntry, ServeConfig
 from diffray.serve.engines import EngineHangs, Engines
 from diffray.serve.refusal import Refusal
-from diffray.serve.work import Finished, Progress, Work
+from diffray.serve.work import Event, Finished, Progress, Work
 
 THREE = {name: ModelEntry() for name in ("a", "b", "c")}
 
@@ -99,7 +99,7 @@ def test_a_request_joins_what_runs_and_nobody_s_pixels_change() -> None:
     async def test() -> None:
         async with engines() as backend:
             alone = (await finish(backend, work(steps=4, seed=5))).data
-            long = asyncio.create_task(finish(backend, work(steps=40, seed=1)))
+            long = asyncio.create_task(finish(backend, work(steps=1000, seed=1)))
             await until(lambda: next(iter(backend.residents)).engine.running == 1)
             joined = (await finish(backend, work(steps=4, seed=5))).data
             assert not long.done(), "the short one waited for the long one"
@@ -134,13 +134,28 @@ def test_deadline_in_the_queue_costs_no_engine_time(monkeypatch: pytest.MonkeyPa
     run(test)
 
 
-def test_previews_come_when_they_are_due() -> None:
+async def told(backend: Engines, monkeypatch: pytest.MonkeyPatch, **values: Any) -> list[Event]:
+    """All events of an image whose engine makes no step before the last one was told."""
+    turns, original = threading.Semaphore(0), flight.advance
+
+    def advance(*arguments: Any) -> None:
+        turns.acquire(timeout=60)
+        original(*arguments)
+
+    await backend.start()
+    monkeypatch.setattr(flight, "advance", advance)
+    events = []
+    async for event in backend.run(work(**values)):
+        events.append(event)
+        turns.release()
+    return events
+
+
+def test_previews_come_when_they_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with engines() as backend:
-            shown: list[tuple[int, bytes]] = []
-            async for event in backend.run(work(steps=9, preview_every=3)):
-                if isinstance(event, Progress) and event.preview:
-                    shown.append((event.step, event.preview))
+            events = await told(backend, monkeypatch, steps=9, preview_every=3)
+            shown = [(e.step, e.preview) for e in events if isinstance(e, Progress) and e.preview]
             assert shown
             assert len(shown) <= 3
             for _, data in shown:
@@ -289,6 +304,7 @@ def test_an_engine_that_hangs_fails_the_health_check() -> None:
             finally:
                 over.set()  # or nothing could ever close the engine
             await asyncio.wait({hung})
+            await until(lambda: not (engine.waiting or engine.running))
             await backend.check()
 
     run(test)
@@ -458,11 +474,11 @@ def test_pictures_are_checked_before_anybody_sees_them() -> None:
     run(test)
 
 
-def test_unfinished_pictures_that_nobody_checked_are_not_shown() -> None:
+def test_unfinished_pictures_that_nobody_checked_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         rules = Guardrails(image=("tests.serve.test_engines:refuse_everything",))
         async with engines(guardrails=rules) as backend:
-            events = [event async for event in backend.run(work(steps=9, preview_every=1))]
+            events = await told(backend, monkeypatch, steps=9, preview_every=1)
             assert [event for event in events if isinstance(event, Progress)]
             assert not any(event.preview for event in events if isinstance(event, Progress))
 
@@ -477,9 +493,8 @@ def test_a_preview_that_fails_costs_no_image(
 
     async def test() -> None:
         async with engines() as backend:
-            await backend.start()
             monkeypatch.setattr(tickets, "preview_image", fail)
-            events = [event async for event in backend.run(work(steps=9, preview_every=1))]
+            events = await told(backend, monkeypatch, steps=9, preview_every=1)
             assert isinstance(events[-1], Finished)
             assert not any(event.preview for event in events if isinstance(event, Progress))
         assert caplog.text.count("preview failed") == 1

@@ -25,6 +25,7 @@ from diffray.serve.dialects.openai_works import asked
 from diffray.serve.store import Files
 
 from .live import Live, live
+from .paced import paced
 from .reference import made
 from .scripted import Scripted, encoded
 
@@ -211,8 +212,11 @@ def test_a_variation_is_image_to_image(api: openai.OpenAI) -> None:
     assert np.array_equal(np.array(pictures(answer)[0]), wanted)
 
 
-def test_a_stream_of_partial_images(api: openai.OpenAI) -> None:
-    body = {"seed": 3, "num_inference_steps": 40}  # longer than a busy machine holds the loop up
+def test_a_stream_of_partial_images(
+    api: openai.OpenAI, service_app: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paced(monkeypatch, service_app)
+    body = {"seed": 3, "num_inference_steps": 12}
     events = list(api.images.generate(prompt="a red circle", stream=True, partial_images=3, extra_body=body))
     assert [event.type for event in events] == [
         *["image_generation.partial_image"] * 3,
@@ -228,8 +232,11 @@ def test_a_stream_of_partial_images(api: openai.OpenAI) -> None:
     assert events[-1].usage.output_tokens == 256
 
 
-def test_partial_images_approach_the_result(api: openai.OpenAI) -> None:
-    body = {"seed": 3, "num_inference_steps": 40}
+def test_partial_images_approach_the_result(
+    api: openai.OpenAI, service_app: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paced(monkeypatch, service_app)
+    body = {"seed": 3, "num_inference_steps": 12}
     *partial, last = api.images.generate(
         prompt="a red circle", stream=True, partial_images=2, extra_body=body
     )
@@ -238,7 +245,8 @@ def test_partial_images_approach_the_result(api: openai.OpenAI) -> None:
     assert errors[1] < errors[0]
 
 
-def test_a_stream_of_edits(api: openai.OpenAI) -> None:
+def test_a_stream_of_edits(api: openai.OpenAI, service_app: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    paced(monkeypatch, service_app)
     events = list(
         api.images.edit(
             image=png(scene()),

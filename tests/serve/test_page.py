@@ -21,6 +21,7 @@ from diffray.serve.config import ServeConfig
 
 from . import browser as web
 from .live import Live, live
+from .paced import paced
 from .scripted import Scripted
 
 PAGE = files("diffray.serve").joinpath("static")
@@ -99,18 +100,25 @@ def test_pages_that_are_not_wanted_are_not_there() -> None:
 
 
 @pytest.mark.slow
-def test_a_picture_forms_from_previews_and_shows_what_was_asked(page: Page) -> None:
+def test_a_picture_forms_from_previews_and_shows_what_was_asked(
+    page: Page, service_app: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paced(monkeypatch, service_app)
+    page.evaluate(
+        """() => {
+            window.previews = new Set();
+            new MutationObserver(() => previews.add(document.querySelector(".tile img")?.src))
+                .observe(document.querySelector("#tiles"), {subtree: true, attributes: true, attributeFilter: ["src"]});
+        }"""
+    )
     web.fill(page, prompt="a large red circle on a blue background", steps=40, seed=3)
     page.click("#generate")
     expect(page.locator("#generate")).to_have_attribute("aria-disabled", "true")
-    previews, shares = set(), []
+    shares = []
     while page.locator("#stage").get_attribute("aria-busy") == "true":
-        seen = page.evaluate(
-            "() => [document.querySelector('.tile img')?.src, document.querySelector('.tile progress')?.position]"
-        )
-        previews.add(seen[0])
-        shares.append(seen[1])
+        shares.append(page.evaluate("() => document.querySelector('.tile progress')?.position"))
         time.sleep(0.02)
+    previews = page.evaluate("() => [...previews]")
     assert len([address for address in previews if (address or "").startswith("data:image/")]) >= 3
     shares = [share for share in shares if share is not None]
     assert all(a <= b for a, b in pairwise(shares))

@@ -29,6 +29,13 @@ from .scripted import Scripted
 IMAGES = "/v1/diffray/images"
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for a moment is no store that went away, nor one that may be back."""
+    monkeypatch.setattr("diffray.serve.rates.STORE_SECONDS", 60.0)
+    monkeypatch.setattr("diffray.serve.rates.PAUSE", 3600.0)
+
+
 @contextmanager
 def redis() -> Iterator[str]:
     """A Redis server; its URL."""
@@ -94,7 +101,6 @@ def test_a_store_that_does_not_answer_is_waited_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffray.serve.rates.STORE_SECONDS", 0.3)
-    monkeypatch.setattr("diffray.serve.rates.PAUSE", 3600.0)
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         silent.settimeout(10)
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
@@ -145,14 +151,15 @@ def test_a_request_fits_after_the_time_it_is_told_and_not_before(
     asyncio.run(test())
 
 
+@pytest.mark.slow
 def test_a_shared_store_tells_the_same_time() -> None:
     async def test(url: str) -> None:
         rates = Rates(url)
-        assert await wait_of(rates, "10/2second", 10) == 0
-        wait = await wait_of(rates, "10/2second", 6)
-        assert 1 <= wait <= 4
+        assert await wait_of(rates, "10/10second", 10) == 0
+        wait = await wait_of(rates, "10/10second", 6)
+        assert 1 <= wait <= 20
         await asyncio.sleep(wait)
-        assert await wait_of(rates, "10/2second", 6) == 0
+        assert await wait_of(rates, "10/10second", 6) == 0
 
     with redis() as url:
         asyncio.run(test(url))

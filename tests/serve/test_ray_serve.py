@@ -124,7 +124,7 @@ def test_the_same_file_as_without_ray(url: str, expected: bytes) -> None:
 def test_refusals_come_through_from_the_engines(url: str) -> None:
     assert ask(url + PNG, {"sampler": "nope"}).json["error"]["field"] == "sampler"
     assert ask(url + PNG, {"model": "nope"}).code == "model_not_found"
-    assert ask(url + PNG, {"steps": 1000, "timeout": 1.0}).code == "timeout"
+    assert ask(url + PNG, {"steps": 1000, "width": 128, "height": 128, "timeout": 5.0}).code == "timeout"
     assert ask(url + "/nowhere").code == "not_found"
 
 

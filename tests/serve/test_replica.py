@@ -129,7 +129,11 @@ def test_a_replica_that_has_it_and_is_late_is_no_start() -> None:
         (ReplicaUnavailableError("r1"), "replica_lost"),
     ],
 )
-def test_no_replica_is_a_reason_to_come_back(error: Exception, code: str) -> None:
+def test_no_replica_is_a_reason_to_come_back(
+    error: Exception, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "PROBE_SECONDS", 60.0)
+
     async def check() -> None:
         await HandleBackend(CONFIG, Handle([error])).check()  # type: ignore[arg-type]
 
@@ -161,6 +165,7 @@ def test_readiness_is_asked_for_once_and_remembered_a_while(monkeypatch: pytest.
         await asyncio.gather(*(backend.check() for _ in range(20)))
         await backend.check()
 
+    monkeypatch.setattr(replica, "PROBE_LASTS", 3600.0)
     handle = Handle([0.05, "well"])
     probe(handle, often)
     assert handle.asked == 1

@@ -65,7 +65,7 @@ def test_a_busy_model_spreads_to_idle_replicas_only_when_each_holds_one(
 
 def test_a_model_in_use_is_not_driven_out_between_two_images(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(routing.time, "monotonic", lambda: now)
+    monkeypatch.setattr(routing, "time", SimpleNamespace(monotonic=lambda: now))
     site = Site(busy=4, models=1, a={"x"}, b={"y"})
     site.send("y", "b")
     site.load.update(a=8, b=0)
