@@ -15,12 +15,20 @@ import pytest
 
 from diffray.model.errors import StorageError
 from diffray.pipelines import JobConfig, Store, collect, repair, retry_rejected, verify
+from diffray.pipelines.outputs import lock
 from diffray.pipelines.outputs.plan import read_shard
 from diffray.pipelines.runs import RUNS
 from tests.pipelines.conftest import Place
 from tests.pipelines.crashes import Crash, CrashingStore, in_turn
 from tests.pipelines.fake import FakeModels
 from tests.pipelines.s3 import S3
+
+
+@pytest.fixture(autouse=True)
+def without_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life are calls too, and come by the clock."""
+    monkeypatch.setattr(lock, "BEAT", 1e6)
+
 
 TABLE = "prompt,width\np,\nPOISON,\nbad,x\nq,\n"
 

@@ -17,6 +17,7 @@ from PIL import Image
 from diffray.pipelines import Store, verify
 from diffray.serve.config import ServeConfig
 from tests.serve.live import live
+from tests.serve.paced import paced
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = 3
@@ -70,8 +71,9 @@ def test_a_stage_of_a_ray_dataset(work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_clients_of_a_service(work: Path) -> None:
+def test_clients_of_a_service(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(ServeConfig(log="off")) as running:
+        paced(monkeypatch, running)
         said = run(work, "clients.py", running.url).splitlines()
     assert [line.split()[0] for line in said[:3]] == [
         "image_generation.partial_image",

@@ -6,6 +6,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import ClassVar
 
 import pytest
@@ -42,12 +43,14 @@ def test_every_documented_figure_is_exported(place: Place) -> None:
     table = place.write("prompt,n\nSLOW p,20\nPOISON,1\n")
     place.run(place.config(table, workers={"actors": 1}), generate=generate_on_ray)
     port = ray.nodes()[0]["MetricsExportPort"]
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
+    last = re.compile(r"^ray_diffray_shards_committed_total\{.*\} 7\.0", re.MULTILINE)
     found: set[str] = set()
     text = ""
-    while time.monotonic() < until and not (found >= NAMES and 'state="ended"} 21.0' in text):
+    while time.monotonic() < until and not (found >= NAMES and last.search(text)):
         time.sleep(1)
-        text = exported(port)
+        with suppress(OSError):  # it is not up yet, or slow
+            text = exported(port)
         found |= {name for name in NAMES if re.search(rf"^ray_{name}(_bucket)?\{{", text, re.MULTILINE)}
     assert found == NAMES
     assert value(text, 'rejected_total{.*stage="generate".*}') == 1

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from diffray.model import load_model
 from diffray.model.errors import CheckpointError, GenerationError, InvalidRequest, JobConflict, JobError
+from diffray.model.networks.text import Encoded
 from diffray.pipelines import InvalidJob, JobConfig, Store
 from diffray.pipelines.making import texts
 from diffray.pipelines.making.actors import generate_on_ray
@@ -29,7 +32,6 @@ from diffray.pipelines.making.texts import Answer, TextActor, Texts
 from diffray.pipelines.making.worker import Share, Task, Worker
 from diffray.pipelines.models import Models, OpenTexts, TextFacts
 from diffray.pipelines.options import ModelOptions
-from diffray.pipelines.outputs.commit import committed
 from diffray.pipelines.runs import prompts, read_runs
 
 from ..conftest import Place, in_process
@@ -82,14 +84,28 @@ def pool(*encoders: Callable[[Any], Answer], patience: float = 60.0) -> tuple[Te
 
 
 @pytest.mark.slow
-def test_a_prompt_that_is_asked_for_twice_at_once_travels_once_and_has_one_owner() -> None:
+def test_a_prompt_that_is_asked_for_twice_at_once_travels_once_and_has_one_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waiting, go_on = threading.Semaphore(0), threading.Event()
+
+    class Seen(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            waiting.release()
+            return super().result(timeout)
+
     def slow(key: Any) -> Answer:
-        time.sleep(0.05)
+        go_on.wait(60)
         return answer(key)
 
+    monkeypatch.setattr(texts, "Future", Seen)
     own, handles = pool(slow, slow, slow)
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda n: own("ab" * (n % 2 + 1), 0, ()), range(8)))
+        asked = [threads.submit(own, "ab" * (n % 2 + 1), 0, ()) for n in range(8)]
+        for _ in range(6):  # all but the two that asked first
+            assert waiting.acquire(timeout=60)
+        go_on.set()
+        found = [one.result() for one in asked]
     assert [float(one.context[0, 0]) for one in found] == [2.0, 4.0] * 4
     assert found[0].context.dtype == torch.float16
     assert sorted(prompt for handle in handles for prompt in handle.asked) == ["ab", "abab"]
@@ -135,15 +151,17 @@ def test_an_encoder_that_stays_away_is_left_for_the_next(monkeypatch: pytest.Mon
 
 def test_without_any_encoder_the_job_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "LOOK", 0.02)
-    back = threading.Event()
+    back, clock = threading.Event(), count(0.0, 0.05)
 
     def away(key: Any) -> Answer:
-        back.wait(10)
+        back.wait(60)
         return answer(key)
 
     own, _ = pool(away, patience=0.2)
-    with pytest.raises(JobError, match="no answer after 0 s from 1 of them"):
-        own("a", 0, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=time.sleep))
+        with pytest.raises(JobError, match="no answer after 0 s from 1 of them"):
+            own("a", 0, ())
     assert own.waits >= 3, "the watchdog saw that it was waiting"
     back.set()
 
@@ -322,16 +340,27 @@ def test_a_job_file_asks_for_encoders_where_there_is_text() -> None:
 
 
 class Watched(Models):
-    """Writes down which processes encode text."""
+    """Writes down which processes encode text; the first one dies of its sixth prompt."""
 
     def __init__(self, log: Path) -> None:
         super().__init__()
         self.log = log
 
     def open_texts(self, options: ModelOptions, memory: int) -> OpenTexts:
+        first = not self.log.exists()
         with self.log.open("a") as file:
             file.write(f"{os.getpid()}\n")
-        return super().open_texts(options, memory)
+        opened = super().open_texts(options, memory)
+        encode, calls = opened.encode, count(1)
+
+        def dying(*key: Any) -> Encoded:
+            if next(calls) == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode(*key)
+
+        if first:
+            opened.encode = dying  # type: ignore[method-assign]
+        return opened
 
 
 @pytest.mark.slow
@@ -343,22 +372,10 @@ def test_an_encoder_is_killed_while_two_engines_use_it(place: Place) -> None:
     table = place.write("prompt,n\n" + "".join(f"a red circle {n},2\n" for n in range(12)))
     values = {**TINY, "defaults": {"steps": 12, "width": 64, "height": 64}}
     place.run(place.config(table, "alone", **values), models=Models())
-    models, killed = Watched(place.path / "encoders"), []
-
-    def kill() -> None:
-        store = Store(str(place.path / "out"))
-        while not killed:
-            time.sleep(0.05)
-            if len(committed(store)) >= 3:
-                killed.append(int(models.log.read_text().split()[-1]))
-                os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
+    models = Watched(place.path / "encoders")
     workers = {"actors": 2, "cpus": 0.5, "text_encoders": 1, "text_share": 0.5, "shards_in_flight": 1}
     config = place.config(table, workers=workers, **values)
     result = place.run(config, models=models, generate=generate_on_ray)
-    killer.join(5)
     assert (result.images, result.rejected) == (24, 0)
     assert place.bytes() == place.bytes("alone")
     born = models.log.read_text().split()
@@ -366,7 +383,8 @@ def test_an_encoder_is_killed_while_two_engines_use_it(place: Place) -> None:
     report = json.loads((place.path / "out/report.json").read_text())
     assert report["prompts"] == prompts(read_runs(Store(config.output)))
     encoded, shared = report["prompts"]["encoded"], report["prompts"].get("shared", 0)
-    assert encoded + shared == 12 + report["workers"], (
-        "one engine asked for each prompt, each for the empty one"
-    )
+    [run] = read_runs(Store(config.output))
+    asking = sum(bool(engine["images"]) for engine in run["engines"])
+    # One engine asks for each prompt, each for the empty one; the last shard may have moved to another.
+    assert encoded + shared - 12 - asking in (0, 1)
     assert encoded in (13, 14), "the empty one again if it was forgotten in between"

@@ -32,7 +32,7 @@ TABLE = "prompt\np\nq\n"
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.1)
-    monkeypatch.setattr(lock, "LEASE", 1.5)
+    monkeypatch.setattr(lock, "LEASE", 6.0)
 
 
 def elsewhere(**values: object) -> bytes:
@@ -131,11 +131,13 @@ def test_a_living_owner_outside_a_container_of_the_same_hostname_is_not_taken_ov
 
 @pytest.mark.slow
 def test_a_silent_owner_elsewhere_is_taken_over_and_a_living_one_is_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(str(tmp_path))
     store.write("_diffray/locks/00001.json", elsewhere())
-    Lock.acquire(store).release()
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "LEASE", 0.5)
+        Lock.acquire(store).release()
     assert "process 7 on elsewhere since then may be at work" in caplog.text
     store.write("_diffray/locks/00003.json", elsewhere())
     stop = threading.Event()

@@ -20,7 +20,7 @@ from diffray.pipelines import Store
 
 from ..s3 import S3, Fault, FaultyProxy, broken
 
-IMPATIENT = {"config_kwargs": {"read_timeout": 0.5}}
+IMPATIENT = {"config_kwargs": {"read_timeout": 2.0}}
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -188,7 +188,7 @@ def nth(which: Callable[[int], bool], fault: Fault, method: str = "PUT") -> Call
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["503", "409", "reset", "lost", 1.0])
+@pytest.mark.parametrize("fault", ["503", "409", "reset", "lost", 4.0])
 @pytest.mark.parametrize("verb", ["write", "put_if_absent"])
 def test_a_write_survives(faulty: tuple[FaultyProxy, Store, Store], verb: str, fault: Fault) -> None:
     """`lost` and the delay beyond the client's patience are writes that landed without the client knowing."""
@@ -205,7 +205,7 @@ def test_a_write_survives(faulty: tuple[FaultyProxy, Store, Store], verb: str, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["503", "reset", "truncated", 1.0])
+@pytest.mark.parametrize("fault", ["503", "reset", "truncated", 4.0])
 def test_a_read_and_a_listing_survive(faulty: tuple[FaultyProxy, Store, Store], fault: Fault) -> None:
     proxy, store, direct = faulty
     direct.write("a/k", bytes(range(256)) * 40)
