@@ -11,11 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 # Tests report nothing to Ray's makers, and no thread of Ray Data asks a Prometheus beside later tests.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 torch.set_num_threads(1)
+# The same examples every time, however long a busy machine takes for one.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 RAY = (
     "tests/chaos/test_kills.py",

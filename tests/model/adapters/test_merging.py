@@ -272,7 +272,9 @@ def test_engines_that_wait_for_a_broken_one_go_on(model: Model, tmp_path: Path) 
     with pytest.raises(GenerationError):
         engine.generate([ImageRequest(adapters="one", **ASK)])
     done: list[Any] = []
-    thread = threading.Thread(target=lambda: done.append(Engine(model).generate([ImageRequest(**ASK)])))
+    thread = threading.Thread(
+        target=lambda: done.append(Engine(model, batch_size=1).generate([ImageRequest(**ASK)]))
+    )
     thread.start()
     thread.join(60)
     assert done[0][0].image.tobytes() == oracle.picture(oracle.model("sd1"), **ASK, prompt="").tobytes()

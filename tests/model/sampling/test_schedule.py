@@ -50,9 +50,9 @@ def test_training_table_equals_diffusers(start: float, end: float, kind: Any, ze
     noise = NoiseSchedule(config)
     wanted_alphas = sched.alphas_cumprod.double().numpy()
     wanted_sigmas = sched.sigmas[:-1].flip(0).double().numpy()
-    # torch's float32 square root is sometimes one unit off; Lin's rescaling amplifies that at the end, and
-    # 1 - a at the beginning.
-    np.testing.assert_allclose(noise.alphas_cumprod, wanted_alphas, rtol=6e-6 if zero_snr else 1e-6)
+    # torch's float32 square root is sometimes one unit off, by the processor's instructions; Lin's rescaling amplifies
+    # that at the end, and 1 - a at the beginning.
+    np.testing.assert_allclose(noise.alphas_cumprod, wanted_alphas, rtol=1e-4 if zero_snr else 1e-6)
     np.testing.assert_allclose(noise.sigmas, wanted_sigmas, rtol=2e-4 if zero_snr else 1e-6)
 
 
