@@ -1,5 +1,8 @@
 """How much each client may ask for in a time: rates, counted here or in a Redis that several services share.
 
+They are counted in windows that follow each other, of which the one before fades out while the next runs; so a rate of
+one per hour may let two pass shortly after each other, where two windows meet, and then none for an hour.
+
 A shared store that cannot be reached refuses nobody: until it answers again each service counts for itself, so that a
 client gets its rate from each of them at most.
 """

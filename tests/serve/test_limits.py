@@ -189,24 +189,19 @@ def test_body_that_never_ends() -> None:
         assert b"body_timeout" in answer
 
 
-@pytest.fixture
-def hurried() -> Iterator[Live]:
+def test_headers_that_never_end() -> None:
     with limited(http=Hurried) as running:
-        yield running
-
-
-def test_headers_that_never_end(hurried: Live) -> None:
-    with closing(connect(hurried.url)) as wire:
-        wire.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n")
-        for _ in range(4):
-            wire.sendall(b"x-slow: 1\r\n")
-            time.sleep(0.02)
-        assert heard(wire).startswith(b"HTTP/1.1 408 ")  # and closed
-    with closing(connect(hurried.url)) as wire:  # a second request on the same connection, as slow
-        wire.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        assert b"200 OK" in heard(wire, b"}")
-        wire.sendall(b"GET /heal")
-        assert heard(wire).startswith(b"HTTP/1.1 408 ")
+        with closing(connect(running.url)) as wire:
+            wire.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n")
+            for _ in range(4):
+                wire.sendall(b"x-slow: 1\r\n")
+                time.sleep(0.02)
+            assert heard(wire).startswith(b"HTTP/1.1 408 ")  # and closed
+        with closing(connect(running.url)) as wire:  # a second request on the same connection, as slow
+            wire.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert b"200 OK" in heard(wire, b"}")
+            wire.sendall(b"GET /heal")
+            assert heard(wire).startswith(b"HTTP/1.1 408 ")
 
 
 @pytest.mark.parametrize(
